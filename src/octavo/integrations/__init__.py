@@ -1,0 +1,1 @@
+"""Where other libraries call Octavo: `transformers` (its quantizer plugin), and what PEFT, accelerate and vLLM need."""

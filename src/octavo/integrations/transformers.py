@@ -1,0 +1,229 @@
+"""The transformers plugin: quantizing while loading, saving, loading again, de-quantizing.
+
+transformers calls the `HfQuantizer` below. A quantized parameter `P` is three tensors in a file (`P_qdata`, `P_absmax`,
+`P_code`); while loading, they are put together into one `OctavoTensor` under the name `P`; no module is replaced.
+
+Example:
+    >>> import octavo
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=octavo.OctavoConfig())  # doctest: +SKIP
+    >>> model.save_pretrained("model-8bit")                                                               # doctest: +SKIP
+"""
+
+import re
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config import OctavoConfig as PlainConfig
+from ..config import stored_block_size
+from ..model import Plan, dequantize_model, plan_model
+from ..quantizer import Packed
+from ..tensor import SUFFIXES, OctavoTensor, pack
+
+
+class OctavoConfig(PlainConfig, QuantizationConfigMixin):
+    """`octavo.OctavoConfig` as transformers reads it from config.json."""
+
+
+def register() -> None:
+    """Enter Octavo into transformers' tables of quantizers; a second call does nothing."""
+    if "octavo" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config("octavo")(OctavoConfig)
+    if "octavo" not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer("octavo")(OctavoHfQuantizer)
+
+
+def attach(model: nn.Module, config: PlainConfig) -> None:
+    """Mark a model quantized outside `from_pretrained`, so that `save_pretrained` and `dequantize` know it."""
+    register()
+    model.hf_quantizer = OctavoHfQuantizer(config, pre_quantized=False)
+    model.is_quantized = True
+    model.quantization_method = "octavo"
+    model.config.quantization_config = config
+
+
+class Quantize(ConversionOps):
+    """One float parameter → an OctavoTensor, while loading."""
+
+    def __init__(self, hf_quantizer: "OctavoHfQuantizer"):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, full_layer_name=None, missing_keys=None, **kwargs):
+        # The model's own conversions (a merge of experts) may give several parameters, all of which come here.
+        out = {}
+        for name, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            name = full_layer_name if len(input_dict) == 1 else name
+            out[name] = self.hf_quantizer.quantized(name, value)
+        return out
+
+
+class Deserialize(ConversionOps):
+    """`P_qdata`, `P_absmax`, `P_code` → the OctavoTensor `P`."""
+
+    def __init__(self, hf_quantizer: "OctavoHfQuantizer"):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, full_layer_name=None, **kwargs):
+        parts = {}
+        for pattern, value in input_dict.items():
+            parts[pattern.rpartition("_")[2]] = value[0] if isinstance(value, list) else value
+        return {full_layer_name: self.hf_quantizer.assembled(full_layer_name, parts)}
+
+
+class OctavoHfQuantizer(HfQuantizer):
+    """How transformers loads and saves Octavo models. `pre_quantized`: the checkpoint is Octavo's."""
+
+    requires_calibration = False
+    quantization_config: PlainConfig
+
+    def __init__(self, quantization_config: PlainConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.plan = Plan()
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.leaves: set[str] = set()
+        self._read_in_float32: set[str] = set()
+
+    def _process_model_before_weight_loading(self, model, dtype=None, **kwargs):
+        self.plan = plan_model(model, self.quantization_config)
+        if not self.pre_quantized:
+            self.plan.check()
+        names = self.plan.names
+        self.dtypes = _computing_types(model, names, dtype or torch.get_default_dtype())
+        self.leaves = {name.rpartition(".")[2] for name in names}
+        if not self.pre_quantized:
+            # transformers casts to the asked type before the quantizing op, and rounding float32 to bfloat16 costs as much as 8
+            # bits do. Its plan of what stays in float32 is the way to read these parameters unrounded.
+            self._read_in_float32 = {f"^{re.escape(name)}$" for name in names}
+            model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | self._read_in_float32
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if self._read_in_float32:
+            model._keep_in_fp32_modules_strict -= self._read_in_float32
+        # Tying may have put the plain parameter of an alias first; every name must lead to the one quantized weight.
+        for entry in self.plan.entries.values():
+            missing = [
+                name
+                for name in (entry.name, *entry.aliases)
+                if not isinstance(model.get_parameter(name), OctavoTensor)
+            ]
+            if missing:
+                raise ValueError(
+                    f"{', '.join(missing)}: expected 8-bit weights, found none in the checkpoint. It is incomplete, or its "
+                    "config.json lists other skip patterns than it was written with"
+                )
+        return model
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        return param_name in self.dtypes
+
+    def get_quantize_ops(self):
+        return Quantize(self)
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        return {leaf: [f"{leaf}_{suffix}" for suffix in SUFFIXES] for leaf in sorted(self.leaves)}
+
+    def get_load_operations(self):
+        return {"deserialize": Deserialize}
+
+    def get_new_dtype(self, converter, param, dtype):
+        # The stored parts keep their types whatever computing type is asked for.
+        operations = getattr(converter, "operations", ())
+        return None if any(isinstance(operation, Deserialize) for operation in operations) else dtype
+
+    def _entry(self, name: str):
+        entries = self.plan.entries
+        return entries.get(name) or next(entry for entry in entries.values() if name in entry.aliases)
+
+    def _parameter(self, weight: OctavoTensor) -> nn.Parameter:
+        parameter = nn.Parameter(weight, requires_grad=False)
+        parameter._is_hf_initialized = True
+        return parameter
+
+    def quantized(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Quantize one loaded parameter; values that are no planned parameter pass through."""
+        if name not in self.dtypes:
+            return value
+        weight = OctavoTensor.from_float(
+            value,
+            self.quantization_config,
+            name=name,
+            transposed=self._entry(name).transposed,
+            dtype=self.dtypes[name],
+        )
+        return self._parameter(weight)
+
+    def assembled(self, name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """One parameter from its stored parts. Raises ValueError naming it if they do not fit the model."""
+        absent = [suffix for suffix in SUFFIXES if suffix not in parts]
+        if absent:
+            raise ValueError(f"{name}: the checkpoint lacks {', '.join(f'{name}_{suffix}' for suffix in absent)}")
+        if name not in self.dtypes:
+            raise ValueError(f"{name} is stored in 8 bits, but this model keeps it in float: the checkpoint and config.json differ")
+        qdata, absmax, code = (parts[suffix] for suffix in SUFFIXES)
+        entry = self._entry(name)
+        try:
+            block_size = stored_block_size(qdata.shape[-1], absmax.shape[-1], self.quantization_config.block_size)
+            weight = OctavoTensor.from_packed(
+                Packed(qdata, absmax, code, block_size),
+                self.dtypes[name],
+                entry.transposed,
+                self.quantization_config.codebook,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if tuple(weight.shape) != entry.shape:
+            raise ValueError(f"{name}: expected shape {entry.shape}, found {tuple(weight.shape)} in the checkpoint")
+        return self._parameter(weight)
+
+    def get_state_dict_and_metadata(self, model):
+        state = {}
+        for name, value in model.state_dict().items():
+            state.update(pack(name, value) if isinstance(value, OctavoTensor) else {name: value})
+        return _without_ties(state, model), {}
+
+    def _dequantize(self, model, dtype=None):
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype.removeprefix("torch."))
+        return dequantize_model(model, dtype)
+
+    @property
+    def quantized_element_size(self) -> float:
+        # One byte a weight, and a scale of 2 (float16) or 4 bytes for each block.
+        scale = 2 if self.quantization_config.codebook == "fitted" else 4
+        return 1 + scale / self.quantization_config.block_size
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _computing_types(model, names: set[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The type each parameter computes in: `dtype`, or float32 where the model asks for it (`_keep_in_fp32_modules`)."""
+    kept = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in model._get_dtype_plan(dtype).items()]
+    return {name: next((kept for pattern, kept in kept if pattern.search(name)), dtype) for name in names}
+
+
+def _without_ties(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Drop the parts of tied names but the first: safetensors holds a tensor once, transformers ties it again."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not isinstance(parameter, OctavoTensor):
+            continue
+        if first.setdefault(id(parameter), name) != name:
+            for suffix in SUFFIXES:
+                state.pop(f"{name}_{suffix}", None)
+    return state

@@ -1,0 +1,223 @@
+"""Which parameters of a model are quantized, and quantizing them in place.
+
+Everything that holds a large matrix is quantized, whatever its module's class is called: linear layers, embeddings, the head,
+`Conv1D`, fused experts. What stays in float, and why, is in `kept_in_float`. No module is replaced.
+
+Example:
+    >>> import torch, octavo
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100))
+    >>> octavo.quantize_model(model, octavo.OctavoConfig())[1].weight
+    OctavoTensor(shape=(100, 64), dtype=torch.float32, device=cpu, block_size=64, codebook='fitted')
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .config import OctavoConfig, matches
+from .tensor import OctavoTensor
+
+# Below this a matrix is noise beside the others, and its codebook (1 KiB) would weigh as much as the weights.
+SMALLEST_MATRIX = 4096
+SHORTEST_ROW = 16
+LARGEST_FLOAT_SHARE = 0.01
+
+# Parameters of a matrix's shape that are not multiplied like one. Each entry says why.
+KEEP_IN_FLOAT = {
+    "A_log": "state-space decay: its exponential is taken, and an error in it compounds over the sequence",
+    "x_proj_norm": "a norm",
+}
+
+CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+class CoverageError(ValueError):
+    """Too much of a model would stay in float without having been skipped on purpose."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter that is quantized.
+
+    Attributes:
+        name: its first name in the model.
+        shape: its shape in the model.
+        transposed: whether it holds inputs as rows, so that its transpose is stored.
+        aliases: further names of the same, tied, parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass
+class Plan:
+    """What becomes of each parameter of a model.
+
+    Attributes:
+        entries: quantized parameters by first name.
+        skipped: matrices left in float by the config's patterns, by name.
+        left: other matrices left in float, with the reason.
+        other: names of all the other parameters (norms, biases, convolutions, small tensors).
+    """
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    left: dict[str, tuple[int, str]] = field(default_factory=dict)
+    other: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> set[str]:
+        """Every name, aliases included, under which a quantized parameter is known."""
+        return {name for entry in self.entries.values() for name in (entry.name, *entry.aliases)}
+
+    @property
+    def coverage(self) -> float:
+        """Share of the weights in matrices, but for those skipped on purpose, that is quantized."""
+        done = sum(_count(entry.shape) for entry in self.entries.values())
+        total = done + sum(count for count, _ in self.left.values())
+        return done / total if total else 1.0
+
+    def check(self) -> None:
+        """Raise CoverageError, naming what is left, if more than 1 % of the matrices would silently stay in float."""
+        if 1 - self.coverage <= LARGEST_FLOAT_SHARE:
+            return
+        worst = sorted(self.left.items(), key=lambda item: -item[1][0])
+        listed = "\n".join(f"  {name}: {count:,} weights ({why})" for name, (count, why) in worst[:20])
+        more = f"\n  ... and {len(worst) - 20} more" if len(worst) > 20 else ""
+        raise CoverageError(
+            f"{1 - self.coverage:.1%} of the model's matrices would stay in float, more than {LARGEST_FLOAT_SHARE:.0%}:\n{listed}{more}\n"
+            "If that is meant, name them: skip=[pattern, ...] (on the command line --skip PATTERN)"
+        )
+
+
+def _count(shape) -> int:
+    return torch.Size(shape).numel()
+
+
+def plan_model(model: nn.Module, config: OctavoConfig) -> Plan:
+    """Decide for each parameter of a model whether it is quantized. Works on the meta device.
+
+    Raises:
+        ValueError: if a pattern of `config.skip` matches no parameter.
+    """
+    names: dict[int, list[str]] = {}
+    owners: dict[int, tuple[nn.Module, torch.Tensor]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(f"{prefix}.{leaf}" if prefix else leaf)
+            # The first owner decides: a head tied to the embedding is the embedding.
+            owners.setdefault(id(parameter), (module, parameter))
+    _check_patterns(config, [name for group in names.values() for name in group])
+    plan = Plan()
+    for key, (name, *aliases) in names.items():
+        module, parameter = owners[key]
+        count = parameter.numel()
+        why = kept_in_float(module, name, parameter)
+        if why is None and any(config.skips(each) for each in (name, *aliases)):
+            plan.skipped[name] = count
+        elif why is None:
+            transposed = holds_transpose(module)
+            plan.entries[name] = Entry(name, tuple(parameter.shape), transposed, tuple(dict.fromkeys(aliases)))
+        elif why:
+            plan.left[name] = (count, why)
+        else:
+            plan.other.append(name)
+    return plan
+
+
+def _check_patterns(config: OctavoConfig, names: list[str]) -> None:
+    for pattern in config.skip:
+        if not any(matches(pattern, name) for name in names):
+            raise ValueError(
+                f"skip pattern {pattern!r} matches no parameter. Patterns are compared with whole components of names "
+                f"such as {names[0]!r}; `*` stands for anything"
+            )
+
+
+def kept_in_float(module: nn.Module, name: str, parameter: torch.Tensor) -> str | None:
+    """Why a parameter stays in float: None if it is quantized, "" if it is no matrix, else the reason, which counts
+    against coverage."""
+    if not parameter.is_floating_point():
+        return ""
+    shape = [size for size in parameter.shape if size != 1]
+    if len(shape) < 2 or isinstance(module, CONVOLUTIONS):
+        return ""
+    if any(matches(pattern, name) for pattern in KEEP_IN_FLOAT):
+        return ""
+    if len(parameter.shape) > 3:
+        return f"a tensor of {len(parameter.shape)} dimensions, not a matrix or a stack of matrices"
+    matrix = parameter.shape[-2:]
+    if matrix.numel() < SMALLEST_MATRIX or min(matrix) < SHORTEST_ROW:
+        return ""
+    return None
+
+
+def holds_transpose(module: nn.Module) -> bool:
+    """Whether a module's matrices hold inputs as rows: transformers' Conv1D, and experts that say so."""
+    return type(module).__name__ == "Conv1D" or bool(getattr(module, "is_transposed", False))
+
+
+def set_parameter(model: nn.Module, entry: Entry, weight: OctavoTensor) -> None:
+    """Put one quantized weight in place of a parameter, under all its names."""
+    parameter = nn.Parameter(weight, requires_grad=False)
+    # transformers would otherwise initialize it anew.
+    parameter._is_hf_initialized = True
+    for name in (entry.name, *entry.aliases):
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, parameter)
+
+
+def quantize_model(
+    model: nn.Module, config: OctavoConfig | None = None, progress: Callable[[str, int], None] | None = None
+) -> nn.Module:
+    """Quantize a model's matrices in place.
+
+    Args:
+        model: any module; tied parameters stay tied.
+        config: what is quantized and how. Default: `OctavoConfig()`.
+        progress: called with each parameter's name and number of weights once it is done.
+
+    Returns:
+        The model itself, its computing types unchanged; a transformers model can now be saved with `save_pretrained`.
+
+    Raises:
+        CoverageError: if more than 1 % of the matrices would stay in float without a `skip` pattern.
+        ValueError: on NaN or infinity in a weight, naming it; on a skip pattern that matches nothing.
+    """
+    config = config or OctavoConfig()
+    if any(isinstance(parameter, OctavoTensor) for parameter in model.parameters()):
+        raise ValueError("the model is quantized already; load it from its float weights to quantize it otherwise")
+    plan = plan_model(model, config)
+    plan.check()
+    for entry in plan.entries.values():
+        weight = model.get_parameter(entry.name)
+        packed = OctavoTensor.from_float(weight.detach(), config, name=entry.name, transposed=entry.transposed)
+        set_parameter(model, entry, packed)
+        if progress is not None:
+            progress(entry.name, weight.numel())
+    if hasattr(model, "save_pretrained"):
+        from .integrations.transformers import attach
+
+        attach(model, config)
+    return model
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace a model's quantized weights by plain ones in place; tied weights stay tied.
+
+    Args:
+        dtype: type of the plain weights. Default: each weight's computing type.
+    """
+    plain: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if isinstance(parameter, OctavoTensor):
+                if id(parameter) not in plain:
+                    plain[id(parameter)] = nn.Parameter(parameter.dequantize(dtype).contiguous(), requires_grad=False)
+                setattr(module, leaf, plain[id(parameter)])
+    return model

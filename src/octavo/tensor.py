@@ -1,0 +1,265 @@
+"""`OctavoTensor`: a frozen weight in 8 bits that passes for the float weight it stands for.
+
+It has the shape, device and computing type of that weight and holds three plain tensors:
+
+    qdata   uint8              [..., N, K]             rows are outputs
+    absmax  float16 | float32  [..., N, ceil(K / B)]
+    code    float32            [256], or [..., 256] for a stack of matrices (experts)
+
+`transposed` says that the weight is the transpose of what is stored (`Conv1D`, some experts), so that rows stay outputs.
+
+How an operation reaches the kernels: `octavo.tensor_functions` catches the hot ones (`F.linear`, `F.embedding`, matrix products)
+by function; `octavo.tensor_dispatch` gives what a tensor needs to live in PyTorch (detach, `.to()`, slices, copies, in-place
+changes). Any other operation de-quantizes first and runs as usual; each such fall-back is counted by name.
+
+Example:
+    >>> import torch, octavo
+    >>> weight = octavo.OctavoTensor.from_float(torch.randn(16, 128))
+    >>> torch.nn.functional.linear(torch.randn(2, 128), weight).shape
+    torch.Size([2, 16])
+    >>> weight.nbytes_stored
+    3136
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from . import ops
+from .config import OctavoConfig
+from .quantizer import Packed, quantize_parameter
+
+SUFFIXES = ("qdata", "absmax", "code")
+
+FROZEN = (
+    "a weight stored in 8 bits is frozen: it cannot require a gradient. Train a small adapter on top of it (PEFT: "
+    "get_peft_model(model, LoraConfig(target_modules='all-linear'))), or leave this weight in float with skip=[pattern]"
+)
+
+_fallbacks: Counter[str] = Counter()
+
+
+def fallbacks() -> dict[str, int]:
+    """Operations that had no path of their own and de-quantized a weight first, with how often, most frequent first."""
+    return dict(_fallbacks.most_common())
+
+
+def reset_fallbacks() -> None:
+    """Start counting fall-backs anew."""
+    _fallbacks.clear()
+
+
+def count_fallback(name: str) -> None:
+    _fallbacks[name] += 1
+
+
+class OctavoTensor(torch.Tensor):
+    """A frozen matrix, or stack of matrices, stored in 8 bits.
+
+    Attributes:
+        qdata, absmax, code: the stored tensors (see the module).
+        block_size: weights of a row that share a scale.
+        transposed: whether the weight is the transpose of what is stored.
+        codebook: "fitted" or "dynamic": how an in-place change chooses its code ("fitted" fits it anew, any other keeps it).
+    """
+
+    qdata: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    block_size: int
+    transposed: bool
+    codebook: str
+
+    @staticmethod
+    def __new__(cls, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"):
+        shape, strides = list(qdata.shape), list(_contiguous_strides(qdata.shape))
+        if transposed:
+            shape[-2:] = shape[-1], shape[-2]
+            strides[-2:] = strides[-1], strides[-2]
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=qdata.device, requires_grad=False
+        )
+
+    def __init__(self, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"):
+        self.qdata = qdata
+        self.absmax = absmax
+        self.code = code
+        self.block_size = block_size
+        self.transposed = transposed
+        self.codebook = codebook
+
+    @classmethod
+    def from_float(
+        cls,
+        weight: torch.Tensor,
+        config: OctavoConfig | None = None,
+        *,
+        name: str = "weight",
+        transposed: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> "OctavoTensor":
+        """Quantize a weight.
+
+        Args:
+            weight: float [..., N, K] with rows as outputs, or [..., K, N] with `transposed`.
+            config: codebook, block size, type of the scales. Default: `OctavoConfig()`.
+            name: the parameter's name, for errors.
+            transposed: the weight holds inputs as rows; its transpose is stored.
+            dtype: computing type, float32, float16 or bfloat16. Default: the weight's.
+
+        Raises:
+            ValueError: if the weight holds NaN or infinity or is no matrix, naming it.
+        """
+        config = config or OctavoConfig()
+        packed = quantize_parameter(weight.mT if transposed else weight, config, name)
+        return cls.from_packed(packed, dtype or weight.dtype, transposed, config.codebook)
+
+    @classmethod
+    def from_packed(
+        cls, packed: Packed, dtype: torch.dtype, transposed: bool = False, codebook: str = "fitted"
+    ) -> "OctavoTensor":
+        """Wrap stored parts. Raises ValueError if they do not fit together, saying what was expected and found."""
+        qdata, absmax, code, block_size = packed
+        lead = qdata.shape[:-2]
+        if qdata.dim() < 2 or tuple(absmax.shape[:-2]) != tuple(lead) or tuple(code.shape) != (*lead, 256):
+            raise ValueError(
+                f"qdata {tuple(qdata.shape)}, absmax {tuple(absmax.shape)} and code {tuple(code.shape)} are not one parameter: "
+                f"expected absmax [..., rows, blocks] and code {(*lead, 256)}"
+            )
+        if qdata.numel():
+            ops.schema.check_packed("tensor", *_first_matrix(qdata, absmax, code), block_size)
+        return cls(qdata, absmax, code, block_size, dtype, transposed, codebook)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The plain weight in `dtype` (default: the computing type), of this tensor's shape."""
+        dtype = dtype or self.dtype
+        # The kernels know the computing types; any other (float64, integers) is cast from float32.
+        computed = dtype if dtype in ops.schema.COMPUTING_TYPES else torch.float32
+        dense = _dequantize_stored(self.qdata, self.absmax, self.code, self.block_size, computed)
+        dense = dense.to(dtype)
+        return dense.mT if self.transposed else dense
+
+    @property
+    def nbytes_stored(self) -> int:
+        """Bytes that the stored tensors take."""
+        return self.qdata.nbytes + self.absmax.nbytes + self.code.nbytes
+
+    def rewrite_(self, values: torch.Tensor) -> "OctavoTensor":
+        """Quantize `values` into this tensor's own storage, so that aliases see the change.
+
+        A fitted codebook is fitted anew; any other, and that of a slice (whose codebook also serves rows outside it), is kept.
+
+        Args:
+            values: float, of this tensor's shape.
+
+        Raises:
+            ValueError: if values holds NaN, infinity, or more than float16 scales can hold.
+        """
+        stored = values.mT if self.transposed else values
+        if stored.shape != self.qdata.shape:
+            raise ValueError(
+                f"a weight in 8 bits cannot change its shape in place: expected {tuple(self.shape)}, found {tuple(values.shape)}"
+            )
+        if not torch.isfinite(stored).all():
+            raise ValueError("an in-place change gave NaN or infinity: the 8-bit weight keeps its old values")
+        if self.absmax.dtype == torch.float16 and stored.abs().max() > ops.HALF_LARGEST:
+            raise ValueError(
+                f"an in-place change gave values beyond {ops.HALF_LARGEST}, which this weight's float16 scales cannot hold; "
+                "quantize it with scales='float32'"
+            )
+        from .codebook import fit
+
+        columns = stored.shape[-1]
+        matrices = stored.to(self.device).reshape(-1, *(stored.shape[-2:] if stored.dim() > 1 else (1, columns)))
+        qdata = self.qdata.view(-1, *matrices.shape[1:])
+        absmax = self.absmax.view(qdata.shape[0], qdata.shape[1], -1)
+        codes = self.code.view(-1, 256)
+        for index, matrix in enumerate(matrices):
+            code = codes[index if codes.shape[0] > 1 else 0]
+            if self.codebook == "fitted":
+                code.copy_(fit(matrix, self.block_size, self.absmax.dtype))
+            new_qdata, new_absmax = ops.quantize(matrix, code, self.block_size, self.absmax.dtype)
+            qdata[index].copy_(new_qdata)
+            absmax[index].copy_(new_absmax)
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return (
+            f"OctavoTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"block_size={self.block_size}, codebook={self.codebook!r}"
+            + (", transposed=True)" if self.transposed else ")")
+        )
+
+    def __tensor_flatten__(self):
+        return list(SUFFIXES), (self.block_size, self.dtype, self.transposed, self.codebook)
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, context, outer_size=None, outer_stride=None):
+        return cls(*(tensors[name] for name in SUFFIXES), *context)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "OctavoTensor":
+        if requires_grad:
+            raise RuntimeError(FROZEN)
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        from .tensor_functions import call
+
+        return call(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        from .tensor_dispatch import dispatch
+
+        return dispatch(func, args, kwargs or {})
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """What FSDP2 gathers of this shard: bytes and scales; each process holds the whole codebook already."""
+        metadata = (self.code, self.block_size, self.dtype, self.transposed, self.codebook, outer_size)
+        return (self.qdata, self.absmax), metadata
+
+    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+        """The whole weight from the gathered parts; rows that padded the last shard are cut off."""
+        qdata, absmax = outputs
+        code, block_size, dtype, transposed, codebook, outer_size = metadata
+        rows = outer_size[0]
+        gathered = OctavoTensor(
+            qdata[:rows], absmax[:rows], code, block_size, param_dtype or dtype, transposed, codebook
+        )
+        return None if out is not None else (gathered, outputs)
+
+
+def _contiguous_strides(shape) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _first_matrix(qdata, absmax, code):
+    lead = (0,) * (qdata.dim() - 2)
+    return qdata[lead], absmax[lead], code[lead]
+
+
+def _dequantize_stored(qdata, absmax, code, block_size, dtype) -> torch.Tensor:
+    """De-quantize stored parts of any rank; one codebook for each leading index that `code` has."""
+    columns, blocks = qdata.shape[-1], absmax.shape[-1]
+    if code.dim() == 1:
+        flat = ops.dequantize(qdata.reshape(-1, columns), absmax.reshape(-1, blocks), code, block_size, dtype)
+        return flat.view(qdata.shape)
+    parts = [
+        _dequantize_stored(qdata[index], absmax[index], code[index], block_size, dtype)
+        for index in range(qdata.shape[0])
+    ]
+    return torch.stack(parts) if parts else torch.empty(qdata.shape, dtype=dtype, device=qdata.device)
+
+
+def pack(name: str, weight: OctavoTensor) -> dict[str, torch.Tensor]:
+    """The three tensors of a parameter as a file holds them: `name_qdata`, `name_absmax`, `name_code`."""
+    return {f"{name}_{suffix}": getattr(weight, suffix).contiguous() for suffix in SUFFIXES}
+
+
+torch.serialization.add_safe_globals([OctavoTensor])
