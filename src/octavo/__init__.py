@@ -14,7 +14,7 @@ from .integrations.registration import register_when_needed as _register_when_ne
 
 if TYPE_CHECKING:
     from .config import OctavoConfig
-    from .load import load
+    from .load import load, load_tokenizer
     from .model import CoverageError, dequantize_model, plan_model, quantize_model
     from .tensor import OctavoTensor, fallbacks, reset_fallbacks
 
@@ -27,6 +27,7 @@ _HOMES = {
     "dequantize_model": "model",
     "fallbacks": "tensor",
     "load": "load",
+    "load_tokenizer": "load",
     "plan_model": "model",
     "quantize_model": "model",
     "reset_fallbacks": "tensor",
@@ -38,6 +39,7 @@ __all__ = [
     "dequantize_model",
     "fallbacks",
     "load",
+    "load_tokenizer",
     "plan_model",
     "quantize_model",
     "reset_fallbacks",

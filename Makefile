@@ -1,0 +1,48 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.10 or newer. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+# The native kernels are rebuilt when their sources change.
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: help demo test test-all test-gpu check format install clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install: $(INSTALLED)  ## install into .venv
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed; found: $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(VENV)/bin/python $(SOURCES)
+	$(PIP) install -q --upgrade pip
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## the main job on the model that ships with the project, in under two minutes
+	$(BIN)/octavo demo
+
+test: $(INSTALLED)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+test-gpu: $(INSTALLED)  ## the tests that need a GPU; skipping is a failure
+	OCTAVO_REQUIRE_GPU=1 $(BIN)/python -m pytest -q tests/gpu
+
+check: $(INSTALLED)  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built and installed
+	rm -rf $(VENV) build dist demo-output .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,91 @@
+"""`octavo doctor`: what is installed, what hardware is seen, and which kernels are active, and why."""
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print versions, devices and the active kernels with the reason for each. Attach it to a bug report."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    found = report()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = Console()
+    for title, rows in found.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        console.print(table)
+        console.print()
+
+
+def report() -> dict[str, dict[str, object]]:
+    """Everything `octavo doctor` shows, by section."""
+    return {"Versions": _versions(), "Machine": _machine(), "Kernels": _kernels()}
+
+
+def _versions() -> dict[str, object]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    packages = ["octavo", "torch", "transformers", "accelerate", "safetensors", "gguf", "triton"]
+    packages += ["peft", "bitsandbytes", "trl"]
+    found: dict[str, object] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _machine() -> dict[str, object]:
+    import platform
+
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    found: dict[str, object] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "threads torch uses": torch.get_num_threads(),
+        "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
+    }
+    if not torch.cuda.is_available():
+        found["GPU"] = "none that this torch can use" + ("" if torch.version.cuda else " (it is a build for CPUs)")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = (
+            f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, compute capability "
+            f"{properties.major}.{properties.minor}, bfloat16: {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
+        )
+    return found
+
+
+def processor_name() -> str:
+    """The processor's name as the system gives it."""
+    import platform
+    from pathlib import Path
+
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _kernels() -> dict[str, object]:
+    from octavo import ops
+
+    return {name: f"{state['active']}: {state['reason']}" for name, state in ops.kernels().items()}

@@ -1,0 +1,139 @@
+"""`octavo.load`: any model in one call, ready to use in 8 bits.
+
+    what `src` holds                              how it is loaded
+    a model quantized by Octavo                   as it is, bit for bit
+    a plain model (safetensors, .bin)             quantized while loading, in the source's own precision
+    a published 8-bit checkpoint                  its bytes as they are, its adapters (if any) as a PEFT adapter
+    a GGUF file                                   de-quantized and quantized, tensor by tensor
+
+Example:
+    >>> import octavo
+    >>> model = octavo.load("mrm8488/bertin-gpt-j-6B-ES-8bit")           # doctest: +SKIP
+    >>> tokenizer = octavo.load_tokenizer("mrm8488/bertin-gpt-j-6B-ES-8bit")  # doctest: +SKIP
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import OctavoConfig
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    src: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    *,
+    config: OctavoConfig | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Load a model in 8 bits.
+
+    Args:
+        src: a folder, a file (.safetensors, .bin, .gguf) or a Hugging Face id.
+        dtype: type to compute in. Default: the model's own, or on a CPU or an old GPU without fast bfloat16 or float16
+            the type that it computes well in (`computing_type`).
+        device: where to put it. Default: "cuda" if there is one, else "cpu".
+        config: how to quantize a source that is not quantized yet. Default: `OctavoConfig()`. An error for one
+            that is.
+        adapter: a PEFT adapter folder to put on top.
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        The transformers model, in evaluation mode.
+
+    Raises:
+        octavo.checkpoint.CheckpointError: if nothing is found at `src`, or its files are missing, damaged or dangerous.
+        ValueError: on an unknown type or device.
+    """
+    from .checkpoint import open_source
+
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: this torch finds no GPU; leave `device` out to use the CPU")
+    with open_source(src, revision=revision) as source:
+        if config is not None and source.kind in ("octavo", "published"):
+            raise ValueError(f"{src} is quantized already: `config` cannot change how; leave it out")
+        asked = _dtype(dtype)
+        if asked is None:
+            asked = computing_type(_own_dtype(source), device)
+        if source.kind in ("octavo", "safetensors", "bin"):
+            model = _load_pretrained(source, asked, device, config or OctavoConfig())
+        else:
+            from .checkpoint.build import build_model
+
+            model = build_model(source, config or OctavoConfig(), asked, device)
+        if source.adapters:
+            from .integrations.peft import add_published_adapters
+
+            add_published_adapters(model, source.adapters)
+    if adapter is not None:
+        model.load_adapter(str(adapter))
+    return model.eval()
+
+
+def load_tokenizer(src: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer that belongs to `src`.
+
+    Raises:
+        ValueError: if there is none, saying which files are needed.
+    """
+    from transformers import AutoTokenizer
+
+    from .checkpoint import open_source
+
+    with open_source(src, revision=revision) as source:
+        options = {"gguf_file": source.files[0].name} if source.kind == "gguf" else {}
+        try:
+            return AutoTokenizer.from_pretrained(str(source.folder), **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{src} holds no tokenizer that transformers can read: put the model's tokenizer.json and "
+                f"tokenizer_config.json beside its weights ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def computing_type(own: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to compute in on `device` for a model whose own type is `own`.
+
+    bfloat16 becomes float16 on GPUs without it (before compute capability 8.0); float16 becomes float32 on a CPU, where few
+    operations outside our kernels are fast or even there in float16.
+    """
+    if device.type == "cuda" and own == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    if device.type == "cpu" and own == torch.float16:
+        return torch.float32
+    return own
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype.removeprefix("torch."), dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
+    return dtype
+
+
+def _own_dtype(source: Any) -> torch.dtype:
+    """The type that the checkpoint says it computes in, else that of its first float tensor."""
+    named = source.config.get("dtype") or source.config.get("torch_dtype")
+    if named in DTYPES:
+        return DTYPES[named]
+    floats = [info.dtype for info in source.tensors.values() if info.dtype in DTYPES.values()]
+    return floats[0] if floats else torch.float32
+
+
+def _load_pretrained(source: Any, dtype: torch.dtype, device: torch.device, config: OctavoConfig) -> Any:
+    """Through transformers' own `from_pretrained`, which calls our plugin."""
+    from .checkpoint.skeleton import model_class_of
+
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
+    if source.kind != "octavo":
+        options["quantization_config"] = config
+    return model_class_of(source.model_config()).from_pretrained(str(source.folder), **options)

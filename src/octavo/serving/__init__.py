@@ -1,0 +1,1 @@
+"""Using a model: generation as a stream of text."""

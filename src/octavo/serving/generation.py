@@ -1,0 +1,103 @@
+"""Text from a prompt, handed on piece by piece, with its speed measured.
+
+Example:
+    >>> result = stream(model, tokenizer, "El sentido de la vida es", write=print)  # doctest: +SKIP
+    >>> result.tokens_per_second                                                    # doctest: +SKIP
+    41.5
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a generation gave.
+
+    Attributes:
+        text: the continuation.
+        tokens: number of new tokens.
+        first_token_seconds: time to the first token, the reading of the prompt included.
+        tokens_per_second: of the tokens after the first; of the one where there is only one.
+    """
+
+    text: str
+    tokens: int
+    first_token_seconds: float
+    tokens_per_second: float
+
+
+class _TimedStreamer(TextStreamer):
+    """transformers' streamer, which also keeps the time of each token and hands text to a function."""
+
+    def __init__(self, tokenizer, write: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.pieces: list[str] = []
+        self.times: list[float] = []
+
+    def put(self, value):
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        self.pieces.append(text)
+        if text:
+            self.write(text)
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool | None) -> dict[str, torch.Tensor]:
+    """Token ids and mask of a prompt, in the model's chat template if `chat` (None: if it has one).
+
+    Raises:
+        ValueError: if a chat template is asked for and there is none, or the prompt is empty.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise ValueError("--chat: this model's tokenizer has no chat template; leave the option out")
+    if chat or (chat is None and has_template):
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].shape[-1] == 0:
+        raise ValueError("the prompt is empty: give at least one word to continue")
+    return encoded
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    write: Callable[[str], None],
+    chat: bool | None = None,
+    **options: Any,
+) -> Generated:
+    """Generate from a prompt, calling `write` with each piece of text as it is there.
+
+    Args:
+        model, tokenizer: as `octavo.load` and `octavo.load_tokenizer` give them.
+        chat: whether the prompt goes into the chat template; None: if there is one.
+        options: passed to transformers' `generate` (max_new_tokens, do_sample, temperature, ...).
+    """
+    inputs = {name: value.to(model.device) for name, value in encode(tokenizer, prompt, chat).items()}
+    inputs.pop("token_type_ids", None)
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        options.setdefault("pad_token_id", tokenizer.eos_token_id)
+    streamer = _TimedStreamer(tokenizer, write)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(**inputs, streamer=streamer, **options)
+    times = streamer.times or [time.perf_counter()]
+    count = len(streamer.times)
+    first = times[0] - started
+    rest = times[-1] - times[0]
+    speed = (count - 1) / rest if count > 1 and rest > 0 else count / max(first, 1e-9)
+    return Generated("".join(streamer.pieces), count, first, speed)
