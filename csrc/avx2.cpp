@@ -1,0 +1,119 @@
+// Kernels for AVX2 with FMA and F16C: the codebook looked up by gathers.
+#include <immintrin.h>
+
+#include "engine.h"
+#include "engine_panel.h"
+#include "engine_quantize.h"
+#include "kernels.h"
+
+namespace octavo {
+namespace {
+
+struct Avx2 {
+  static constexpr int L = 8;
+  using V = __m256;
+  using I = __m256i;
+
+  static OCTAVO_INLINE V zero() { return _mm256_setzero_ps(); }
+  static OCTAVO_INLINE V set1(float x) { return _mm256_set1_ps(x); }
+  static OCTAVO_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+  static OCTAVO_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static OCTAVO_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static OCTAVO_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static OCTAVO_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static OCTAVO_INLINE V divide(V a, V b) {
+    return _mm256_and_ps(_mm256_div_ps(a, b), _mm256_cmp_ps(b, zero(), _CMP_GT_OQ));
+  }
+  static OCTAVO_INLINE float sum(V v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+
+  template <DType T>
+  static OCTAVO_INLINE V load_as(const void* data, int64_t i) {
+    const char* p = static_cast<const char*>(data) + i * static_cast<int64_t>(size_of(T));
+    if constexpr (T == kFloat32) return _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (T == kFloat16) return _mm256_cvtph_ps(h);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  }
+
+  static OCTAVO_INLINE __m128i to_bfloat16s(V v) {
+    const I u = _mm256_castps_si256(v);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const I r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  }
+
+  template <DType T>
+  static OCTAVO_INLINE void store_chunk(void* out, int64_t i, const V (&v)[8]) {
+    char* p = static_cast<char*>(out) + i * static_cast<int64_t>(size_of(T));
+    for (int j = 0; j < 8; j++) {
+      if constexpr (T == kFloat32) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32 * j), _mm256_castps_si256(v[j]));
+      } else {
+        const __m128i h = T == kFloat16 ? _mm256_cvtps_ph(v[j], _MM_FROUND_TO_NEAREST_INT) : to_bfloat16s(v[j]);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * j), h);
+      }
+    }
+  }
+
+  struct Codes {
+    const float* code;
+  };
+  static OCTAVO_INLINE Codes load_codes(const Table& t) { return {t.code}; }
+  static OCTAVO_INLINE void decode(const Codes& codes, const uint8_t* q, V (&out)[8]) {
+    for (int j = 0; j < 8; j++) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(q + 8 * j));
+      out[j] = _mm256_i32gather_ps(codes.code, _mm256_cvtepu8_epi32(bytes), 4);
+    }
+  }
+
+  static OCTAVO_INLINE I no_magnitude() { return _mm256_setzero_si256(); }
+  static OCTAVO_INLINE I larger_magnitude(I a, V v) {
+    return _mm256_max_epu32(a, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
+  }
+  static OCTAVO_INLINE uint32_t largest_magnitude(I a) {
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+  }
+
+  // A binary search: the first four levels in registers, the others by gathers.
+  struct Middles {
+    V first, small[3];
+    const Search* search;
+  };
+  static OCTAVO_INLINE Middles load_middles(const Search& s) {
+    return {set1(s.level[0][0]), {load(s.level[1]), load(s.level[2]), load(s.level[3])}, &s};
+  }
+  static OCTAVO_INLINE I descend(I path, V middle, V v) {
+    // A true comparison is -1.
+    return _mm256_sub_epi32(_mm256_add_epi32(path, path), _mm256_castps_si256(_mm256_cmp_ps(middle, v, _CMP_LT_OQ)));
+  }
+  static OCTAVO_INLINE void encode(const Middles& m, V v, uint8_t* out) {
+    I path = descend(_mm256_setzero_si256(), m.first, v);
+    for (int l = 0; l < 3; l++) path = descend(path, _mm256_permutevar8x32_ps(m.small[l], path), v);
+    for (int l = 4; l < 8; l++) path = descend(path, _mm256_i32gather_ps(m.search->level[l], path, 4), v);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(path), _mm256_extracti128_si256(path, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(words, words));
+  }
+
+  static OCTAVO_INLINE void bins(V v, float half_width, int32_t* out) {
+    const V position = add(mul(add(v, set1(1.0f)), set1(half_width)), set1(0.5f));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_cvttps_epi32(position));
+  }
+};
+
+}  // namespace
+
+const Kernels& avx2_kernels() {
+  static constexpr Kernels kernels{
+      "avx2", prepare_plain, widen<Avx2>, narrow<Avx2>, nullptr, dot<Avx2>, nullptr, transposed<Avx2>,
+      dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, count<Avx2>};
+  return kernels;
+}
+
+}  // namespace octavo

@@ -1,0 +1,27 @@
+// Threads. Work is shared out through the OpenMP runtime that PyTorch itself uses, found at run time: its workers are
+// awake and spinning between two of PyTorch's own operations, and a second pool beside them would wait for a core until
+// they give up. Without such a runtime a small pool of our own serves.
+#pragma once
+#include <cstdint>
+
+namespace octavo {
+
+// Looks for an OpenMP runtime among a loaded library (libtorch_cpu.so) and what it depends on. False if there is none.
+bool share_openmp_of(const char* library);
+
+// "OpenMP shared with <library>" or "own threads".
+const char* pool();
+
+using Body = void (*)(void* context, int64_t task, int worker);
+
+// Calls body(context, task, worker) once for every task in [0, tasks), on at most `threads` threads, the calling one among
+// them; `worker` in [0, threads) tells them apart. Tasks are handed out one by one, so a thread that is held up by another
+// process delays one task, not its share. Within another parallel region it runs on the calling thread alone.
+void run_tasks(int64_t tasks, int threads, Body body, void* context);
+
+template <class F>
+void parallel(int64_t tasks, int threads, F&& f) {
+  run_tasks(tasks, threads, [](void* c, int64_t task, int worker) { (*static_cast<F*>(c))(task, worker); }, &f);
+}
+
+}  // namespace octavo

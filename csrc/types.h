@@ -1,0 +1,121 @@
+// The plain data that the drivers (ops.cpp) and the kernels of each instruction set share.
+//
+// A quantized matrix of N rows and K columns in blocks of B:
+//   qdata   uint8 [N, K]                    index into the code
+//   absmax  float16 | float32 [N, ceil(K/B)]  scale of each run of B weights of a row
+//   code    float32 [256]                   ascending
+//   weight[n, k] = code[qdata[n, k]] * absmax[n, k / B]
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace octavo {
+
+enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Kernels read a row in chunks of 64 weights: one AVX-512 register of bytes, one cache line.
+constexpr int64_t kChunk = 64;
+
+constexpr int64_t chunks_of(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
+constexpr int64_t padded(int64_t columns) { return chunks_of(columns) * kChunk; }
+constexpr size_t size_of(DType type) { return type == kFloat32 ? 4 : 2; }
+
+struct Scales {
+  const void* data;
+  bool half;         // float16, else float32
+  int64_t block;     // weights that share a scale
+  int64_t per_row;   // ceil(columns / block)
+};
+
+struct Packed {
+  const uint8_t* qdata;
+  Scales scales;
+  int64_t rows, columns;
+};
+
+// A codebook in the forms the kernels look it up in; made once a call, read by every thread.
+struct alignas(64) Table {
+  float code[256];
+  // The bits of `code`: plane p holds byte p of every entry (AVX-512 VBMI), word plane p holds 16 bits (AVX-512 BW).
+  uint8_t bytes[4][256];
+  uint16_t words[2][256];
+  // Fixed point: code ≈ fixed * fixed_unit with |fixed| <= 16383, and the bytes of `fixed`.
+  int16_t fixed[256];
+  uint8_t fixed_bytes[2][256];
+  float fixed_unit;
+};
+
+// The 255 midpoints between neighbouring codes, ordered as a binary search meets them: level l has 2^l entries.
+struct alignas(64) Search {
+  float level[8][128];
+};
+
+// Input of a product: `tokens` rows of `padded(columns)` values, zero after `columns`.
+struct Tokens {
+  int64_t count;
+  int64_t stride;         // padded(columns)
+  const float* values;    // float32 [count, stride]; null when fixed point is used
+  // Fixed point: 16-bit integers in the order the kernel decodes a chunk in, and one float32 unit a chunk part.
+  const int16_t* fixed;   // [count, stride]
+  const float* units;     // [count, stride / 64 * parts]
+};
+
+struct Output {
+  void* data;             // [tokens, stride] of `type`
+  DType type;
+  int64_t stride;
+  const float* bias;      // float32 [rows] or null
+};
+
+// Floats of scratch that one thread needs for a matrix of so many columns.
+constexpr int64_t scratch_floats(int64_t columns) { return 2 * padded(columns) + 4 * kChunk; }
+
+// One instruction set's kernels. All are pure: they read and write only what they are handed, on one thread.
+struct Kernels {
+  const char* name;
+
+  // Fills what of the table these kernels read: for exact float32, or for fixed point. `code` may be misaligned.
+  void (*prepare)(const float* code, bool fixed, Table&);
+
+  // x [tokens, columns] of `type` → float32 [tokens, padded(columns)].
+  void (*widen)(const void* x, DType type, int64_t tokens, int64_t columns, float* out);
+
+  // float32 [count] → out[first:first + count] of `type`.
+  void (*narrow)(const float* values, int64_t count, void* out, DType type, int64_t first);
+
+  // The same to fixed point, from the widened values; false if they do not allow it (NaN, infinity). Null: not supported.
+  bool (*to_fixed)(const float* x, int64_t tokens, int64_t columns, int64_t parts, float unit, int16_t* fixed,
+                   float* units);
+
+  // out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n] for rows [row0, row1).
+  void (*dot)(const Packed&, const Table&, const Tokens&, int64_t row0, int64_t row1, const Output&, float* scratch);
+  void (*dot_fixed)(const Packed&, const Table&, const Tokens&, int64_t row0, int64_t row1, const Output&,
+                    float* scratch);
+
+  // sums[m, k - col0] += sum_n x[m, n] * weight[n, k] for all rows and columns [col0, col1); col0 a multiple of 64.
+  void (*transposed)(const Packed&, const Table&, const float* x, int64_t x_stride, int64_t tokens, int64_t col0,
+                     int64_t col1, float* sums, int64_t sums_stride, float* scratch);
+
+  // weight[row0:row1, col0:col1] → out, rows `stride` elements apart; col0 a multiple of 64.
+  void (*dequantize)(const Packed&, const Table&, int64_t row0, int64_t row1, int64_t col0, int64_t col1, void* out,
+                     DType type, int64_t stride, float* scratch);
+
+  // Largest magnitude of each block of `rows` rows → float32 [rows, per_row]; false if a weight is not finite.
+  bool (*absmax)(const void* weight, DType type, int64_t rows, int64_t columns, int64_t block, float* out,
+                 float* scratch);
+
+  // Index of the code nearest to weight / scale, the lower one at a tie → uint8 [rows, columns].
+  void (*encode)(const void* weight, DType type, int64_t rows, int64_t columns, const Scales&, const Search&,
+                 uint8_t* qdata, float* scratch);
+
+  // counts[bin of weight / scale] += mass of its block. scales, masses: [rows, per_row].
+  void (*count)(const void* weight, DType type, int64_t rows, int64_t columns, const Scales&, const int64_t* masses,
+                int64_t bins, int64_t* counts, float* scratch);
+};
+
+// How many scales a chunk of 64 weights spans: 1, 2 or 4, or 64 for "one a weight", which serves any block size.
+constexpr int64_t parts_of(const Scales& s) {
+  return s.per_row <= 1 || s.block % 64 == 0 ? 1 : s.block % 32 == 0 ? 2 : s.block % 16 == 0 ? 4 : 64;
+}
+
+}  // namespace octavo

@@ -1,0 +1,89 @@
+// Kernels for AVX-512 with VBMI and VNNI (Intel Ice Lake and later, AMD Zen 4 and later): the codebook lives in registers.
+//
+// A byte plane of the codebook, 256 bytes, is four registers. vpermi2b looks 64 indices up in two of them by the lower
+// seven bits; doing that for both halves and blending by the top bit gives the plane's bytes for all 64 weights. Two planes
+// give 16-bit fixed point, four planes exact float32; unpacking interleaves them.
+#include "kernels.h"
+#include "simd512.h"
+
+namespace octavo {
+namespace {
+
+OCTAVO_INLINE __m512i look_up(const __m512i* plane, __m512i indices, __mmask64 upper_half) {
+  return _mm512_mask_blend_epi8(upper_half, _mm512_permutex2var_epi8(plane[0], indices, plane[1]),
+                                _mm512_permutex2var_epi8(plane[2], indices, plane[3]));
+}
+
+void prepare_bytes(const float* code, bool fixed, Table& t) {
+  if (fixed) {
+    fix_codes(code, t);
+    for (int i = 0; i < 256; i += 32) {
+      const __m512i words = _mm512_load_si512(t.fixed + i);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(t.fixed_bytes[0] + i), _mm512_cvtepi16_epi8(words));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(t.fixed_bytes[1] + i),
+                         _mm512_cvtepi16_epi8(_mm512_srli_epi16(words, 8)));
+    }
+    return;
+  }
+  for (int i = 0; i < 256; i += 16) {
+    const __m512i bits = _mm512_loadu_si512(code + i);
+    for (int p = 0; p < 4; p++)
+      _mm_store_si128(reinterpret_cast<__m128i*>(t.bytes[p] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 8 * p)));
+  }
+}
+
+struct Vbmi : Simd512 {
+  struct Codes {
+    __m512i plane[4][4];
+  };
+  static OCTAVO_INLINE Codes load_codes(const Table& t) {
+    Codes codes;
+    for (int p = 0; p < 4; p++)
+      for (int i = 0; i < 4; i++) codes.plane[p][i] = _mm512_load_si512(t.bytes[p] + 64 * i);
+    return codes;
+  }
+
+  // Unpacking works within 128-bit lanes; transposing the chunk's 4x4 groups of four indices first leaves it in order.
+  static OCTAVO_INLINE void decode(const Codes& codes, const uint8_t* q, V (&out)[4]) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i i = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(q));
+    const __mmask64 upper = _mm512_movepi8_mask(i);
+    const __m512i b0 = look_up(codes.plane[0], i, upper), b1 = look_up(codes.plane[1], i, upper);
+    const __m512i b2 = look_up(codes.plane[2], i, upper), b3 = look_up(codes.plane[3], i, upper);
+    const __m512i low0 = _mm512_unpacklo_epi8(b0, b1), low1 = _mm512_unpackhi_epi8(b0, b1);
+    const __m512i high0 = _mm512_unpacklo_epi8(b2, b3), high1 = _mm512_unpackhi_epi8(b2, b3);
+    out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low0, high0));
+    out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low0, high0));
+    out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low1, high1));
+    out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low1, high1));
+  }
+
+  struct FixedCodes {
+    __m512i plane[2][4];
+  };
+  static OCTAVO_INLINE FixedCodes load_fixed_codes(const Table& t) {
+    FixedCodes codes;
+    for (int p = 0; p < 2; p++)
+      for (int i = 0; i < 4; i++) codes.plane[p][i] = _mm512_load_si512(t.fixed_bytes[p] + 64 * i);
+    return codes;
+  }
+  static OCTAVO_INLINE void decode_fixed(const FixedCodes& codes, const uint8_t* q, __m512i& low, __m512i& high) {
+    const __m512i i = _mm512_loadu_si512(q);
+    const __mmask64 upper = _mm512_movepi8_mask(i);
+    const __m512i b0 = look_up(codes.plane[0], i, upper), b1 = look_up(codes.plane[1], i, upper);
+    low = _mm512_unpacklo_epi8(b0, b1);
+    high = _mm512_unpackhi_epi8(b0, b1);
+  }
+  static OCTAVO_INLINE __m512i madd(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
+};
+
+}  // namespace
+
+const Kernels& vbmi_kernels() {
+  static constexpr Kernels kernels{
+      "vbmi", prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, transposed<Vbmi>,
+      dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, count<Vbmi>};
+  return kernels;
+}
+
+}  // namespace octavo

@@ -1,0 +1,308 @@
+"""The operations of `octavo.ops` on CPUs, by the native kernels of `octavo._native` (sources in csrc/).
+
+Importing this registers them. Without the native module, or with the environment variable OCTAVO_CPU_ISA=none, nothing is
+registered and the plain-PyTorch definitions stay in charge; `status()` tells which, and why. OCTAVO_CPU_ISA=vbmi, avx512, avx2
+or portable picks kernels, for tests.
+
+The functions take what `octavo.ops.schema` describes. `linear_fast` is `linear` for callers that have checked their
+tensors once and for all: no dispatcher, no checks, no gradient.
+
+Example:
+    >>> import octavo.ops.cpu as cpu
+    >>> sorted(cpu.status())
+    ['active', 'pool', 'reason', 'supported', 'threads']
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from . import reference
+from .schema import implementation
+
+try:
+    from octavo import _native
+
+    _import_error = None
+except ImportError as error:
+    _native = None
+    _import_error = str(error)
+
+ISA_VARIABLE = "OCTAVO_CPU_ISA"
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# More tokens than this: panels of de-quantized rows and PyTorch's matmul, instead of the fused product.
+FUSED_TOKENS = 8
+FUSED_TOKENS_TRANSPOSED = 2
+# Bytes of a de-quantized panel.
+PANEL_BYTES = 1 << 20
+# The panels' columns start at multiples of this in the native kernels.
+_COLUMN_STEP = 64
+
+_requested = os.environ.get(ISA_VARIABLE, "").strip().lower()
+_active = None
+
+
+def _load() -> tuple[bool, str]:
+    """Choose the kernels: whether native ones are used, and why."""
+    if _requested == "none":
+        return False, f"{ISA_VARIABLE}=none"
+    if _native is None:
+        return False, f"octavo._native is not there: {_import_error}"
+    if _requested:
+        if _requested not in _native.supported():
+            raise ValueError(
+                f"{ISA_VARIABLE}={_requested}: expected none or one of {', '.join(_native.supported())} on this processor"
+            )
+        _native.select(_requested)
+        why = f"{ISA_VARIABLE}={_requested}"
+    else:
+        features = _native.cpu_features()
+        why = f"the processor has {features}" if features else "no kernels for more than plain C++ on this processor"
+    _native.share_openmp_of(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return True, why
+
+
+AVAILABLE, _reason = _load()
+
+
+def status() -> dict[str, object]:
+    """Which kernels run on the CPU, and why.
+
+    Returns:
+        active: name of the kernels, "reference" for plain PyTorch; reason; supported: names that could be chosen, best
+        first; threads; pool: what runs them.
+    """
+    return {
+        "active": _native.active() if AVAILABLE else "reference",
+        "reason": _reason,
+        "supported": list(_native.supported()) if _native is not None else [],
+        "threads": torch.get_num_threads(),
+        "pool": _native.pool() if AVAILABLE else "PyTorch",
+    }
+
+
+def _matrix(qdata, absmax, code, block_size):
+    """The arguments by which the native functions take a matrix. The tensors must outlive the call and be contiguous."""
+    rows, columns = qdata.shape
+    return (
+        qdata.data_ptr(),
+        absmax.data_ptr(),
+        absmax.dtype is torch.float16,
+        code.data_ptr(),
+        rows,
+        columns,
+        block_size,
+    )
+
+
+def linear_fast(x, qdata, absmax, code, block_size, bias=None):
+    """`octavo.ops.linear` on CPU tensors, without checks, gradient or dispatcher. See there for shapes."""
+    rows, columns = qdata.shape
+    dtype = x.dtype
+    if not rows or not columns:
+        out = torch.zeros((*x.shape[:-1], rows), dtype=dtype)
+        return out if bias is None else out + bias.to(dtype)
+    tokens = x.numel() // columns
+    if tokens > FUSED_TOKENS:
+        return _linear_panels(x, qdata, absmax, code, block_size, bias)
+    out = torch.empty((*x.shape[:-1], rows), dtype=dtype)
+    # A name for each, so that a copy lives as long as its address is used.
+    x, qdata, absmax, code = x.contiguous(), qdata.contiguous(), absmax.contiguous(), code.contiguous()
+    bias_pointer = bias_type = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_pointer, bias_type = bias.data_ptr(), _TYPES[bias.dtype]
+    _native.linear(
+        qdata.data_ptr(),
+        absmax.data_ptr(),
+        absmax.dtype is torch.float16,
+        code.data_ptr(),
+        rows,
+        columns,
+        block_size,
+        x.data_ptr(),
+        _TYPES[dtype],
+        tokens,
+        bias_pointer,
+        bias_type,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _panel_rows(columns: int, dtype: torch.dtype) -> int:
+    return max(64, PANEL_BYTES // (columns * dtype.itemsize) // 64 * 64)
+
+
+def _linear_panels(x, qdata, absmax, code, block_size, bias):
+    """Many tokens: a panel of rows is de-quantized into a buffer that stays in cache and multiplied by PyTorch."""
+    qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
+    rows, columns = qdata.shape
+    flat = x.reshape(-1, columns)
+    out = torch.empty((flat.shape[0], rows), dtype=x.dtype)
+    step = min(_panel_rows(columns, x.dtype), rows)
+    panel = torch.empty((step, columns), dtype=x.dtype)
+    matrix = _matrix(qdata, absmax, code, block_size)
+    threads, kind, pointer = torch.get_num_threads(), _TYPES[x.dtype], panel.data_ptr()
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        _native.dequantize(*matrix, start, stop, 0, columns, pointer, kind, threads)
+        part = None if bias is None else bias[start:stop]
+        out[:, start:stop] = F.linear(flat, panel[: stop - start], part)
+    return out.view(*x.shape[:-1], rows)
+
+
+def linear_transposed_fast(x, qdata, absmax, code, block_size):
+    """`octavo.ops.linear_transposed` on CPU tensors, without checks or gradient. See there for shapes."""
+    rows, columns = qdata.shape
+    qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
+    tokens = x.numel() // rows if rows else 0
+    if not tokens or not columns:
+        return torch.zeros((*x.shape[:-1], columns), dtype=x.dtype)
+    matrix = _matrix(qdata, absmax, code, block_size)
+    threads, kind = torch.get_num_threads(), _TYPES[x.dtype]
+    if tokens <= FUSED_TOKENS_TRANSPOSED:
+        x = x.contiguous()
+        out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+        _native.linear_transposed(*matrix, x.data_ptr(), kind, tokens, out.data_ptr(), threads)
+        return out
+    # Panels of columns: each sum over the rows is one matmul's, in float32.
+    flat = x.reshape(-1, rows)
+    out = torch.empty((tokens, columns), dtype=x.dtype)
+    step = min(_panel_rows(rows, x.dtype), -(-columns // _COLUMN_STEP) * _COLUMN_STEP)
+    panel = torch.empty(rows * step, dtype=x.dtype)
+    pointer = panel.data_ptr()
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        width = stop - start
+        _native.dequantize(*matrix, 0, rows, start, stop, pointer, kind, threads)
+        out[:, start:stop] = flat @ panel[: rows * width].view(rows, width)
+    return out.view(*x.shape[:-1], columns)
+
+
+def dequantize(qdata, absmax, code, block_size, dtype):
+    """The whole matrix [N, K] in `dtype`."""
+    qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
+    rows, columns = qdata.shape
+    out = torch.empty((rows, columns), dtype=dtype)
+    _native.dequantize(
+        *_matrix(qdata, absmax, code, block_size),
+        0,
+        rows,
+        0,
+        columns,
+        out.data_ptr(),
+        _TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def embedding(ids, qdata, absmax, code, block_size, dtype):
+    """Rows `ids` [...] of the matrix → [..., K]. Raises IndexError for an id outside it."""
+    qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
+    columns = qdata.shape[1]
+    out = torch.empty((*ids.shape, columns), dtype=dtype)
+    bad = _native.embedding(
+        *_matrix(qdata, absmax, code, block_size),
+        flat.data_ptr(),
+        flat.shape[0],
+        out.data_ptr(),
+        _TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        raise IndexError(f"octavo.embedding: id {int(flat[bad])} is outside the table's {qdata.shape[0]} rows")
+    return out
+
+
+def _weight(weight):
+    """A weight the native functions read: contiguous, and float32 where it is of no type they know."""
+    return (weight if weight.dtype in _TYPES else weight.to(torch.float32)).contiguous()
+
+
+def _raise_not_finite(operation, weight):
+    bad = int((~torch.isfinite(weight)).sum())
+    raise ValueError(f"octavo.{operation}: the weight holds {bad} NaN or infinite values")
+
+
+def quantize(weight, code, block_size, absmax_dtype):
+    """qdata uint8 [N, K] and absmax [N, ceil(K / B)], the bytes of `reference.quantize`."""
+    weight, code = _weight(weight), code.contiguous()
+    rows, columns = weight.shape
+    qdata = torch.empty((rows, columns), dtype=torch.uint8)
+    absmax = torch.empty((rows, -(-columns // block_size)), dtype=absmax_dtype)
+    finite = _native.quantize(
+        weight.data_ptr(),
+        _TYPES[weight.dtype],
+        rows,
+        columns,
+        code.data_ptr(),
+        block_size,
+        absmax_dtype is torch.float16,
+        qdata.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if not finite:
+        _raise_not_finite("quantize", weight)
+    return qdata, absmax
+
+
+def scale_range(weight, block_size) -> tuple[float, float]:
+    """Smallest positive and largest scale of the blocks of a weight [N, K]; (0, 0) if all are zero.
+
+    Raises:
+        ValueError: if the weight holds NaN or infinity.
+    """
+    weight = _weight(weight)
+    rows, columns = weight.shape
+    found = _native.scale_range(
+        weight.data_ptr(), _TYPES[weight.dtype], rows, columns, block_size, torch.get_num_threads()
+    )
+    if found is None:
+        _raise_not_finite("scale_range", weight)
+    return found
+
+
+def histogram(weight, block_size, bins, absmax_dtype):
+    """int64 [bins], the numbers of `reference.histogram`."""
+    weight = _weight(weight)
+    rows, columns = weight.shape
+    counts = torch.empty(bins, dtype=torch.int64)
+    finite = _native.histogram(
+        weight.data_ptr(),
+        _TYPES[weight.dtype],
+        rows,
+        columns,
+        block_size,
+        bins,
+        absmax_dtype is torch.float16,
+        counts.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if not finite:
+        _raise_not_finite("histogram", weight)
+    return counts
+
+
+def _linear(x, qdata, absmax, code, block_size, bias=None):
+    if bias is not None and bias.dtype not in _TYPES:
+        return reference.linear(x, qdata, absmax, code, block_size, bias)
+    return linear_fast(x, qdata, absmax, code, block_size, bias)
+
+
+if AVAILABLE:
+    implementation("linear", "CPU")(_linear)
+    implementation("linear_transposed", "CPU")(linear_transposed_fast)
+    implementation("dequantize", "CPU")(dequantize)
+    implementation("embedding", "CPU")(embedding)
+    implementation("quantize", "CPU")(quantize)
+    implementation("histogram", "CPU")(histogram)
