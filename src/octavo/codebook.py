@@ -45,9 +45,7 @@ def dynamic() -> torch.Tensor:
     return code.sort().values
 
 
-def fit(
-    tensor: torch.Tensor, block_size: int, absmax_dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def fit(tensor: torch.Tensor, block_size: int, absmax_dtype: torch.dtype | None = None) -> torch.Tensor:
     """The codebook with the least squared error for a tensor quantized in blocks of `block_size`.
 
     A histogram of weight / scale, each weight counted with its squared scale, makes the histogram's squared error the

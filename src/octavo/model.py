@@ -122,7 +122,9 @@ def plan_model(model: nn.Module, config: OctavoConfig) -> Plan:
             plan.skipped[name] = count
         elif why is None:
             transposed = holds_transpose(module)
-            plan.entries[name] = Entry(name, tuple(parameter.shape), transposed, tuple(dict.fromkeys(aliases)))
+            plan.entries[name] = Entry(
+                name, tuple(parameter.shape), transposed, tuple(dict.fromkeys(aliases))
+            )
         elif why:
             plan.left[name] = (count, why)
         else:
@@ -191,12 +193,16 @@ def quantize_model(
     """
     config = config or OctavoConfig()
     if any(isinstance(parameter, OctavoTensor) for parameter in model.parameters()):
-        raise ValueError("the model is quantized already; load it from its float weights to quantize it otherwise")
+        raise ValueError(
+            "the model is quantized already; load it from its float weights to quantize it otherwise"
+        )
     plan = plan_model(model, config)
     plan.check()
     for entry in plan.entries.values():
         weight = model.get_parameter(entry.name)
-        packed = OctavoTensor.from_float(weight.detach(), config, name=entry.name, transposed=entry.transposed)
+        packed = OctavoTensor.from_float(
+            weight.detach(), config, name=entry.name, transposed=entry.transposed
+        )
         set_parameter(model, entry, packed)
         if progress is not None:
             progress(entry.name, weight.numel())
@@ -218,6 +224,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(parameter, OctavoTensor):
                 if id(parameter) not in plain:
-                    plain[id(parameter)] = nn.Parameter(parameter.dequantize(dtype).contiguous(), requires_grad=False)
+                    plain[id(parameter)] = nn.Parameter(
+                        parameter.dequantize(dtype).contiguous(), requires_grad=False
+                    )
                 setattr(module, leaf, plain[id(parameter)])
     return model

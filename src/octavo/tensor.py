@@ -72,7 +72,9 @@ class OctavoTensor(torch.Tensor):
     codebook: str
 
     @staticmethod
-    def __new__(cls, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"):
+    def __new__(
+        cls, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"
+    ):
         shape, strides = list(qdata.shape), list(_contiguous_strides(qdata.shape))
         if transposed:
             shape[-2:] = shape[-1], shape[-2]
@@ -81,7 +83,9 @@ class OctavoTensor(torch.Tensor):
             cls, shape, strides=strides, dtype=dtype, device=qdata.device, requires_grad=False
         )
 
-    def __init__(self, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"):
+    def __init__(
+        self, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"
+    ):
         self.qdata = qdata
         self.absmax = absmax
         self.code = code
@@ -171,7 +175,9 @@ class OctavoTensor(torch.Tensor):
         from .codebook import fit
 
         columns = stored.shape[-1]
-        matrices = stored.to(self.device).reshape(-1, *(stored.shape[-2:] if stored.dim() > 1 else (1, columns)))
+        matrices = stored.to(self.device).reshape(
+            -1, *(stored.shape[-2:] if stored.dim() > 1 else (1, columns))
+        )
         qdata = self.qdata.view(-1, *matrices.shape[1:])
         absmax = self.absmax.view(qdata.shape[0], qdata.shape[1], -1)
         codes = self.code.view(-1, 256)

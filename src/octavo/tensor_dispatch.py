@@ -59,7 +59,9 @@ def fall_back(func, args, kwargs):
                 changed.append((value, dense))
                 place[key] = dense
             elif isinstance(value, (list, tuple)) and any(isinstance(item, OctavoTensor) for item in value):
-                dense_items = [item.dequantize() if isinstance(item, OctavoTensor) else item for item in value]
+                dense_items = [
+                    item.dequantize() if isinstance(item, OctavoTensor) else item for item in value
+                ]
                 pairs = zip(value, dense_items, strict=True)
                 changed.extend((item, dense) for item, dense in pairs if isinstance(item, OctavoTensor))
                 place[key] = dense_items
@@ -179,7 +181,9 @@ def view(weight, size):
         size[size.index(-1)] = weight.numel() // known if known else 0
     if size == list(weight.shape):
         return alias(weight)
-    flat = weight.qdata.shape[-1] % weight.block_size == 0 and weight.code.dim() == 1 and not weight.transposed
+    flat = (
+        weight.qdata.shape[-1] % weight.block_size == 0 and weight.code.dim() == 1 and not weight.transposed
+    )
     # A flat row in whole blocks is still a quantized row: FSDP2 looks at its shard this way.
     if flat and size == [weight.numel()]:
         return like(weight, weight.qdata.view(-1), weight.absmax.view(-1), codebook="slice")

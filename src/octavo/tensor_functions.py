@@ -82,11 +82,14 @@ def linear(x, weight, bias=None):
 def embedding(
     input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
 ):
-    if not _is_matrix(weight) or weight.transposed or max_norm is not None or weight.dtype not in COMPUTING_TYPES:
+    if (
+        not _is_matrix(weight)
+        or weight.transposed
+        or max_norm is not None
+        or weight.dtype not in COMPUTING_TYPES
+    ):
         return NotImplemented
-    return ops.embedding(
-        input, weight.qdata, weight.absmax, weight.code, weight.block_size, weight.dtype
-    )
+    return ops.embedding(input, weight.qdata, weight.absmax, weight.code, weight.block_size, weight.dtype)
 
 
 @handles(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)

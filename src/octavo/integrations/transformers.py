@@ -100,7 +100,9 @@ class OctavoHfQuantizer(HfQuantizer):
             # transformers casts to the asked type before the quantizing op, and rounding float32 to bfloat16 costs as much as 8
             # bits do. Its plan of what stays in float32 is the way to read these parameters unrounded.
             self._read_in_float32 = {f"^{re.escape(name)}$" for name in names}
-            model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | self._read_in_float32
+            model._keep_in_fp32_modules_strict = (
+                set(model._keep_in_fp32_modules_strict or ()) | self._read_in_float32
+            )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self._read_in_float32:
@@ -163,13 +165,19 @@ class OctavoHfQuantizer(HfQuantizer):
         """One parameter from its stored parts. Raises ValueError naming it if they do not fit the model."""
         absent = [suffix for suffix in SUFFIXES if suffix not in parts]
         if absent:
-            raise ValueError(f"{name}: the checkpoint lacks {', '.join(f'{name}_{suffix}' for suffix in absent)}")
+            raise ValueError(
+                f"{name}: the checkpoint lacks {', '.join(f'{name}_{suffix}' for suffix in absent)}"
+            )
         if name not in self.dtypes:
-            raise ValueError(f"{name} is stored in 8 bits, but this model keeps it in float: the checkpoint and config.json differ")
+            raise ValueError(
+                f"{name} is stored in 8 bits, but this model keeps it in float: the checkpoint and config.json differ"
+            )
         qdata, absmax, code = (parts[suffix] for suffix in SUFFIXES)
         entry = self._entry(name)
         try:
-            block_size = stored_block_size(qdata.shape[-1], absmax.shape[-1], self.quantization_config.block_size)
+            block_size = stored_block_size(
+                qdata.shape[-1], absmax.shape[-1], self.quantization_config.block_size
+            )
             weight = OctavoTensor.from_packed(
                 Packed(qdata, absmax, code, block_size),
                 self.dtypes[name],
@@ -179,7 +187,9 @@ class OctavoHfQuantizer(HfQuantizer):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if tuple(weight.shape) != entry.shape:
-            raise ValueError(f"{name}: expected shape {entry.shape}, found {tuple(weight.shape)} in the checkpoint")
+            raise ValueError(
+                f"{name}: expected shape {entry.shape}, found {tuple(weight.shape)} in the checkpoint"
+            )
         return self._parameter(weight)
 
     def get_state_dict_and_metadata(self, model):
@@ -213,7 +223,10 @@ class OctavoHfQuantizer(HfQuantizer):
 
 def _computing_types(model, names: set[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The type each parameter computes in: `dtype`, or float32 where the model asks for it (`_keep_in_fp32_modules`)."""
-    kept = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in model._get_dtype_plan(dtype).items()]
+    kept = [
+        (re.compile(pattern.replace("*", ".*")), kept)
+        for pattern, kept in model._get_dtype_plan(dtype).items()
+    ]
     return {name: next((kept for pattern, kept in kept if pattern.search(name)), dtype) for name in names}
 
 

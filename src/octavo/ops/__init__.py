@@ -32,7 +32,7 @@ __all__ = [
 
 # The normal range of float16: below it the spacing stops shrinking and rounding up would no longer be harmless.
 HALF_SMALLEST_NORMAL = 2.0**-14
-HALF_LARGEST = 65504.0
+HALF_LARGEST = reference.HALF_LARGEST
 
 
 def scale_dtype(weight: torch.Tensor, block_size: int) -> torch.dtype:

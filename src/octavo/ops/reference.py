@@ -22,6 +22,7 @@ PANEL_WEIGHTS = 1 << 22
 # Weight of the largest block in a histogram. A power of two keeps the product with it exact; at 2**30 a sum of
 # 2**33 weights still fits 64 bits.
 HISTOGRAM_UNIT = float(1 << 30)
+HALF_LARGEST = 65504.0
 
 
 def _panels(rows: int, columns: int):
@@ -45,6 +46,9 @@ def block_absmax(weight: torch.Tensor, block_size: int, absmax_dtype: torch.dtyp
 
     Returns:
         [N, ceil(K / block_size)] of `absmax_dtype`.
+
+    Raises:
+        ValueError: if a scale is too large for float16.
     """
     rows, columns = weight.shape
     blocks = blocks_per_row(columns, block_size)
@@ -53,7 +57,14 @@ def block_absmax(weight: torch.Tensor, block_size: int, absmax_dtype: torch.dtyp
     if magnitude.numel() == 0:
         return weight.new_zeros((rows, blocks), dtype=absmax_dtype)
     absmax = magnitude.view(rows, blocks, block_size).amax(-1)
-    return round_up_to_half(absmax) if absmax_dtype == torch.float16 else absmax
+    if absmax_dtype != torch.float16:
+        return absmax
+    if absmax.max() > HALF_LARGEST:
+        raise ValueError(
+            f"octavo: a block's scale of {absmax.max().item():g} does not fit float16, whose largest number is "
+            f"{HALF_LARGEST:g}: keep the scales in float32"
+        )
+    return round_up_to_half(absmax)
 
 
 def normalize(weight: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -130,10 +141,14 @@ def linear(x, qdata, absmax, code, block_size, bias=None):
 def linear_transposed(x, qdata, absmax, code, block_size):
     """x [..., N] times the weight → [..., K] in x's type, summed over panels in float32."""
     rows, columns = qdata.shape
+    panels = _panels(rows, columns)
+    if len(panels) == 1:
+        return x @ _panel(qdata, absmax, code, block_size, x.dtype)
     out = torch.zeros((*x.shape[:-1], columns), dtype=torch.float32, device=x.device)
-    for start, stop in _panels(rows, columns):
-        panel = _panel(qdata[start:stop], absmax[start:stop], code, block_size, x.dtype)
-        out += x[..., start:stop] @ panel
+    for start, stop in panels:
+        # In float32: a 16-bit product would round each panel's part of the sum.
+        panel = _panel(qdata[start:stop], absmax[start:stop], code, block_size, torch.float32)
+        out += x[..., start:stop].to(torch.float32) @ panel
     return out.to(x.dtype)
 
 
@@ -141,9 +156,7 @@ def linear_transposed(x, qdata, absmax, code, block_size):
 def embedding(ids, qdata, absmax, code, block_size, dtype):
     """Rows `ids` [...] of the weight → [..., K]; only those rows are de-quantized."""
     flat = ids.reshape(-1)
-    rows = _panel(
-        qdata.index_select(0, flat), absmax.index_select(0, flat), code, block_size, dtype
-    )
+    rows = _panel(qdata.index_select(0, flat), absmax.index_select(0, flat), code, block_size, dtype)
     return rows.view(*ids.shape, qdata.shape[1])
 
 

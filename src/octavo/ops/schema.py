@@ -124,9 +124,7 @@ def check_quantize(weight, code, block_size, absmax_dtype) -> None:
 
 def check_dequantize(qdata, absmax, code, block_size, dtype) -> None:
     check_packed("dequantize", qdata, absmax, code, block_size)
-    _require(
-        dtype in COMPUTING_TYPES, "dequantize", "type asked for", "float32, float16 or bfloat16", dtype
-    )
+    _require(dtype in COMPUTING_TYPES, "dequantize", "type asked for", "float32, float16 or bfloat16", dtype)
 
 
 def check_linear(x, qdata, absmax, code, block_size, bias=None) -> None:
@@ -150,9 +148,7 @@ def check_linear_transposed(x, qdata, absmax, code, block_size) -> None:
 
 def check_embedding(ids, qdata, absmax, code, block_size, dtype) -> None:
     check_packed("embedding", qdata, absmax, code, block_size)
-    _require(
-        ids.dtype in (torch.int64, torch.int32), "embedding", "type of ids", "int64 or int32", ids.dtype
-    )
+    _require(ids.dtype in (torch.int64, torch.int32), "embedding", "type of ids", "int64 or int32", ids.dtype)
     _require(ids.device == qdata.device, "embedding", "device of ids", qdata.device, ids.device)
     _require(dtype in COMPUTING_TYPES, "embedding", "type asked for", "float32, float16 or bfloat16", dtype)
 
@@ -252,7 +248,7 @@ def _backward_linear(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.octavo.linear_transposed(grad, qdata, absmax, code, ctx.block_size)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
-        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias
 
 

@@ -1,0 +1,52 @@
+"""What every test may use: the device fixture, a seed, and an independent way to de-quantize."""
+
+import os
+
+import pytest
+
+# Tests build their models from configs: nothing may be fetched. Set before huggingface_hub is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> torch.device:
+    """cpu always; cuda where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def no_fallbacks():
+    """Fails a test in which an operation had to de-quantize a whole weight."""
+    import octavo
+
+    octavo.reset_fallbacks()
+    yield
+    assert octavo.fallbacks() == {}
+
+
+def brute_dequantize(qdata, absmax, code, block_size) -> torch.Tensor:
+    """weight[n, k] = code[qdata[n, k]] * absmax[n, k // B], weight by weight: float64 [N, K] on the CPU."""
+    rows, columns = qdata.shape
+    qdata, absmax, code = qdata.cpu().tolist(), absmax.cpu().double().tolist(), code.cpu().double().tolist()
+    out = torch.empty(rows, columns, dtype=torch.float64)
+    for n in range(rows):
+        for k in range(columns):
+            out[n, k] = code[qdata[n][k]] * absmax[n][k // block_size]
+    return out
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖, in float64."""
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
