@@ -1,0 +1,129 @@
+"""A model in memory from a checkpoint that transformers does not read as it is: published 8-bit ones, and GGUF files.
+
+transformers' own `from_pretrained` builds the model; what it is given in place of a file is a dictionary of `Lazy` tensors under
+the names that an Octavo file would have, each read, and quantized if need be, when it is asked for.
+
+Example:
+    >>> from octavo.checkpoint import open_source
+    >>> from octavo.checkpoint.build import build_model
+    >>> with open_source("hivemind/gpt-j-6B-8bit") as source:  # doctest: +SKIP
+    ...     model = build_model(source, OctavoConfig(), torch.float16, torch.device("cuda"))
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..config import OctavoConfig
+from ..model import plan_model
+from ..quantizer import Packed, quantize_parameter
+from ..tensor import SUFFIXES
+from .skeleton import build_skeleton, model_class_of
+from .source import Source
+from .units import Unit, plan_units
+
+
+def build_model(source: Source, config: OctavoConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    """Build the model of a checkpoint on `device`, its matrices in 8 bits.
+
+    Args:
+        source: an open checkpoint; weights that it holds in 8 bits keep their bytes.
+        config: how the other matrices are quantized.
+        dtype: computing type, also that of the parameters that stay in float.
+
+    Raises:
+        CheckpointError: if the checkpoint and its config.json do not fit together.
+        ValueError: on NaN or infinity in a weight, naming it.
+    """
+    model_config = source.model_config()
+    if source.kind == "published":
+        config = OctavoConfig(codebook="dynamic", skip=config.skip)
+    skeleton = build_skeleton(model_config)
+    plan = plan_model(skeleton, config)
+    plan.check()
+    units, _ = plan_units(skeleton, source, config, plan)
+    state: dict[str, Lazy] = {}
+    for unit in units:
+        reader = UnitReader(unit, source, skeleton, config)
+        for output in unit.outputs:
+            if output.entry is None:
+                state[output.name] = Lazy(lambda r=reader, o=output: r.plain(o))
+            else:
+                for index, suffix in enumerate(SUFFIXES):
+                    state[f"{output.name}_{suffix}"] = Lazy(lambda r=reader, o=output, i=index: r.packed(o)[i])
+    model_config.quantization_config = config.to_dict()
+    model = model_class_of(model_config).from_pretrained(
+        None, config=model_config, state_dict=state, dtype=dtype, device_map={"": str(device)}
+    )
+    if model.can_generate() and (source.folder / "generation_config.json").exists() and source.kind != "gguf":
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
+    return model
+
+
+class Lazy:
+    """A tensor that is made when `lazy[...]` asks for it, as transformers does while it loads."""
+
+    def __init__(self, make: Callable[[], torch.Tensor]):
+        self.make = make
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.make()[index]
+
+    def is_floating_point(self) -> bool:
+        # Only asked to decide about a cast, which the loading of our parts decides for itself.
+        return True
+
+
+class UnitReader:
+    """Reads one unit of a checkpoint. Its quantized outputs are kept until each of their three parts has been asked for.
+
+    transformers loads from several threads at once; one lock a unit keeps them from quantizing it twice.
+    """
+
+    def __init__(self, unit: Unit, source: Source, skeleton: Any, config: OctavoConfig):
+        self.unit = unit
+        self.source = source
+        self.skeleton = skeleton
+        # A published weight whose blocks are too short to keep is fitted: the same bytes, a quarter of the error.
+        self.anew = OctavoConfig("fitted", config.block_size) if source.kind == "published" else config
+        self.lock = threading.Lock()
+        self.kept: dict[str, tuple[Packed, int]] = {}
+
+    def packed(self, output: Any) -> Packed:
+        """The parts of a quantized output. Each call counts as one part handed out."""
+        with self.lock:
+            packed, left = self.kept.pop(output.name, (None, len(SUFFIXES)))
+            if packed is None:
+                packed = self._pack(output)
+            if left > 1:
+                self.kept[output.name] = (packed, left - 1)
+            return packed
+
+    def plain(self, output: Any) -> torch.Tensor:
+        """A parameter or buffer that stays in float."""
+        value = self._read(output).clone()
+        self._release()
+        return value
+
+    def _pack(self, output: Any) -> Packed:
+        packed = self.source.read_packed(self.unit.group.source_names[0]) if output.exact else None
+        if packed is None:
+            value = self._read(output)
+            stored = value.mT if output.entry.transposed else value
+            packed = quantize_parameter(stored, self.anew, output.name)
+        else:
+            # The file's own memory is mapped: a model must not depend on the file staying as it is.
+            packed = Packed(*(part.clone() for part in packed[:3]), packed.block_size)
+        self._release()
+        return packed
+
+    def _read(self, output: Any) -> torch.Tensor:
+        return self.unit.group.realize(self.skeleton, self.source.read)[output.made]
+
+    def _release(self) -> None:
+        for name in self.unit.group.source_names:
+            self.source.release(name)

@@ -1,0 +1,53 @@
+"""A model without weights: its modules and the names and shapes of its parameters, on the meta device.
+
+Example:
+    >>> from octavo.checkpoint.skeleton import build_skeleton
+    >>> from transformers import GPT2Config
+    >>> next(build_skeleton(GPT2Config(n_layer=1)).parameters()).device  # doctest: +SKIP
+    device(type='meta')
+"""
+
+from typing import Any
+
+import torch
+
+from .errors import CheckpointError
+
+
+def model_class_of(config: Any) -> Any:
+    """The transformers class named in `config.architectures`, else the causal language model of that type.
+
+    Raises:
+        CheckpointError: if transformers has no such class.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    names = getattr(config, "architectures", None) or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model_class is None:
+        raise CheckpointError(
+            f"config.json: architectures {names}: this transformers ({transformers.__version__}) has no such model; "
+            "`pip install -U transformers`"
+        )
+    return model_class
+
+
+def build_skeleton(config: Any) -> Any:
+    """The model that a transformers configuration describes, on the meta device, tied weights tied.
+
+    Raises:
+        CheckpointError: if transformers has no such class, or cannot build it.
+    """
+    from transformers import initialization
+
+    model_class = model_class_of(config)
+    try:
+        with torch.device("meta"), initialization.no_init_weights():
+            model = model_class(config)
+    except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"config.json describes a {model_class.__name__} that cannot be built: {error}") from error
+    model.tie_weights()
+    return model.eval()

@@ -1,0 +1,1 @@
+"""What a model is worth on a text: perplexity, with its protocol stated."""
