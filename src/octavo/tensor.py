@@ -21,6 +21,7 @@ Example:
     3136
 """
 
+import sys
 from collections import Counter
 from typing import Any
 
@@ -205,7 +206,9 @@ class OctavoTensor(torch.Tensor):
         return cls(*(tensors[name] for name in SUFFIXES), *context)
 
     def requires_grad_(self, requires_grad: bool = True) -> "OctavoTensor":
-        if requires_grad:
+        # `nn.Parameter(weight)` asks for a gradient only because that is its default (PEFT's DoRA wraps a weight that way to
+        # transpose it): the parameter is made, and is frozen.
+        if requires_grad and sys._getframe(1).f_code is not torch.nn.Parameter.__new__.__code__:
             raise RuntimeError(FROZEN)
         return self
 
