@@ -60,6 +60,10 @@ def quantize_parameter(weight: torch.Tensor, config: OctavoConfig, name: str = "
     lead = weight.shape[:-2]
     matrices = weight.detach().reshape(-1, *weight.shape[-2:])
     scales = _scale_dtype(matrices, config)
+    if scales == torch.float16 and matrices.numel() and matrices.abs().max() > ops.HALF_LARGEST:
+        raise ValueError(
+            f"{name} holds weights beyond {ops.HALF_LARGEST:g}, which float16 scales cannot hold: use scales='auto'"
+        )
     parts = [_quantize_matrix(matrix, config, scales) for matrix in matrices]
     if not parts:
         raise ValueError(f"{name} is empty: shape {tuple(weight.shape)}")

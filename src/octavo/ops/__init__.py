@@ -16,7 +16,7 @@ Example:
 
 import torch
 
-from . import reference, schema  # noqa: F401  (importing them registers the operations)
+from . import cpu, reference, schema  # noqa: F401  (importing them registers the operations)
 from .schema import blocks_per_row
 
 __all__ = [
@@ -41,6 +41,9 @@ def scale_dtype(weight: torch.Tensor, block_size: int) -> torch.dtype:
     Args:
         weight: float [N, K], finite.
     """
+    if weight.device.type == "cpu" and cpu.AVAILABLE and weight.numel():
+        smallest, largest = cpu.scale_range(weight, block_size)
+        return torch.float16 if _fits_half(smallest, largest) else torch.float32
     smallest, largest = torch.inf, 0.0
     for start, stop in reference._panels(*weight.shape):
         absmax = reference.block_absmax(weight[start:stop].to(torch.float32), block_size, torch.float32)
@@ -48,8 +51,12 @@ def scale_dtype(weight: torch.Tensor, block_size: int) -> torch.dtype:
         if positive.numel():
             low, high = torch.aminmax(positive)
             smallest, largest = min(smallest, low.item()), max(largest, high.item())
-    fits = largest <= HALF_LARGEST and smallest >= HALF_SMALLEST_NORMAL
-    return torch.float16 if fits or largest == 0.0 else torch.float32
+    return torch.float16 if _fits_half(smallest, largest) else torch.float32
+
+
+def _fits_half(smallest: float, largest: float) -> bool:
+    """Whether scales from `smallest`, the least that is not zero, to `largest` lie in float16's normal range."""
+    return largest == 0.0 or (smallest >= HALF_SMALLEST_NORMAL and largest <= HALF_LARGEST)
 
 
 def quantize(
@@ -68,11 +75,17 @@ def quantize(
         qdata uint8 [N, K] and absmax [N, ceil(K / block_size)].
 
     Raises:
-        ValueError: on a wrong shape or type, and on NaN or infinity in the weight.
+        ValueError: on a wrong shape or type, on NaN or infinity in the weight, and on a scale too large for float16.
     """
     if absmax_dtype is None:
         absmax_dtype = scale_dtype(weight, block_size)
-    return torch.ops.octavo.quantize(weight, code, block_size, absmax_dtype)
+    qdata, absmax = torch.ops.octavo.quantize(weight, code, block_size, absmax_dtype)
+    if absmax_dtype == torch.float16 and not absmax.is_meta and torch.isinf(absmax).any():
+        raise ValueError(
+            f"octavo.quantize: a block's scale is beyond {HALF_LARGEST:g}, float16's largest number: keep the scales "
+            "in float32"
+        )
+    return qdata, absmax
 
 
 def dequantize(
