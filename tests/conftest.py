@@ -1,12 +1,16 @@
 """What every test may use: the device fixture, a seed, and an independent way to de-quantize."""
 
 import os
+import sys
 
 import pytest
 
 # Tests build their models from configs: nothing may be fetched. Set before huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+# Helper modules beside the tests are found by their plain names too.
+sys.path.insert(0, os.path.dirname(__file__))
 
 import torch
 

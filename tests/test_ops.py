@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import brute_dequantize, relative_error
 
 from octavo import codebook, ops
 from octavo.ops import reference
+
+from .conftest import brute_dequantize, relative_error
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # (rows, columns, block): ragged last blocks, rows of one, one long row, a block longer than the row.
