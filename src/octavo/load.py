@@ -19,6 +19,15 @@ import torch
 
 from .config import OctavoConfig
 
+# Files of which a tokenizer has at least one.
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "tokenizer_config.json",
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -88,12 +97,16 @@ def load_tokenizer(src: str | Path, *, revision: str | None = None) -> Any:
 
     with open_source(src, revision=revision) as source:
         options = {"gguf_file": source.files[0].name} if source.kind == "gguf" else {}
+        # Where there are no files at all, transformers makes an empty tokenizer and says nothing.
+        if not options and not any(list(source.folder.glob(name)) for name in VOCABULARIES):
+            raise ValueError(
+                f"{src} holds no tokenizer: put the model's tokenizer.json and tokenizer_config.json beside its weights"
+            )
         try:
             return AutoTokenizer.from_pretrained(str(source.folder), **options)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"{src} holds no tokenizer that transformers can read: put the model's tokenizer.json and "
-                f"tokenizer_config.json beside its weights ({str(error).splitlines()[0]})"
+                f"{src}: transformers cannot read its tokenizer: {str(error).splitlines()[0]}"
             ) from error
 
 

@@ -46,7 +46,7 @@ def build_model(source: Source, config: OctavoConfig, dtype: torch.dtype, device
     units, _ = plan_units(skeleton, source, config, plan)
     state: dict[str, Lazy] = {}
     for unit in units:
-        reader = UnitReader(unit, source, skeleton, config)
+        reader = UnitReader(unit, source, skeleton)
         for output in unit.outputs:
             if output.entry is None:
                 state[output.name] = Lazy(lambda r=reader, o=output: r.plain(o))
@@ -84,12 +84,10 @@ class UnitReader:
     transformers loads from several threads at once; one lock a unit keeps them from quantizing it twice.
     """
 
-    def __init__(self, unit: Unit, source: Source, skeleton: Any, config: OctavoConfig):
+    def __init__(self, unit: Unit, source: Source, skeleton: Any):
         self.unit = unit
         self.source = source
         self.skeleton = skeleton
-        # A published weight whose blocks are too short to keep is fitted: the same bytes, a quarter of the error.
-        self.anew = OctavoConfig("fitted", config.block_size) if source.kind == "published" else config
         self.lock = threading.Lock()
         self.kept: dict[str, tuple[Packed, int]] = {}
 
@@ -114,7 +112,7 @@ class UnitReader:
         if packed is None:
             value = self._read(output)
             stored = value.mT if output.entry.transposed else value
-            packed = quantize_parameter(stored, self.anew, output.name)
+            packed = quantize_parameter(stored, output.config, output.name)
         else:
             # The file's own memory is mapped: a model must not depend on the file staying as it is.
             packed = Packed(*(part.clone() for part in packed[:3]), packed.block_size)

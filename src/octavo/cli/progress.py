@@ -1,0 +1,39 @@
+"""Progress bars that the commands share.
+
+Example:
+    >>> from rich.console import Console
+    >>> with bytes_progress(Console()) as progress:  # doctest: +SKIP
+    ...     convert(source, out, progress=progress)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+@contextmanager
+def bytes_progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar of bytes done, of how many, at what speed, and the time left.
+
+    Yields:
+        A function of bytes done, bytes in all, and what is at hand.
+    """
+    columns = (
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

@@ -1,0 +1,138 @@
+"""`octavo.load` and `octavo.compat`: every kind of source in one call."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import octavo
+from octavo.checkpoint import CheckpointError
+
+from .published import publish, tiny_gptj
+
+IDS = torch.arange(11)[None] * 7
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def quantized(model):
+    return [weight for weight in model.parameters() if isinstance(weight, octavo.OctavoTensor)]
+
+
+# 64: a row is one block of gcd 64; 160: blocks of 4096 straddle rows, gcd 32.
+@pytest.mark.parametrize("width", [64, 160])
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_published_checkpoint_gives_the_logits_of_the_dequantized_model(tmp_path, width, file):
+    expected = publish(tiny_gptj(width), tmp_path, file=file)
+    model = octavo.load(tmp_path, device="cpu")
+    assert len(quantized(model)) == 14
+    torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-5)
+
+
+def test_published_checkpoint_with_short_blocks_is_fitted_with_a_warning(tmp_path):
+    expected = publish(tiny_gptj(80), tmp_path)
+    with pytest.warns(UserWarning, match="quantized anew"):
+        model = octavo.load(tmp_path, device="cpu")
+    error = (logits(model) - logits(expected)).norm() / logits(expected).norm()
+    assert 0 < error < 0.02
+
+
+def test_published_adapters_work_and_can_be_switched_off(tmp_path):
+    expected = publish(tiny_gptj(64), tmp_path, adapters=True)
+    model = octavo.load(tmp_path, device="cpu")
+    torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-5)
+    with_adapter = logits(model)
+    model.disable_adapters()
+    assert (logits(model) - with_adapter).abs().max() > 1e-2
+
+
+def test_the_model_cards_snippet_runs_with_one_line_changed(tmp_path):
+    expected = publish(tiny_gptj(64), tmp_path)
+    code = f"""
+import transformers, torch
+from octavo.compat import GPTJBlock, GPTJForCausalLM
+transformers.models.gptj.modeling_gptj.GPTJBlock = GPTJBlock
+model = GPTJForCausalLM.from_pretrained({str(tmp_path)!r}, low_cpu_mem_usage=True)
+model.to("cpu")
+"""
+    scope: dict = {}
+    exec(code, scope)
+    torch.testing.assert_close(logits(scope["model"]), logits(expected), rtol=0, atol=1e-5)
+
+
+def test_compat_names_an_option_it_does_not_know(tmp_path):
+    from octavo.compat import GPTJForCausalLM
+
+    with pytest.raises(TypeError, match="load_in_8bit"):
+        GPTJForCausalLM.from_pretrained(tmp_path, load_in_8bit=True)
+
+
+def test_plain_model_is_quantized_while_loading_and_reloads_bit_for_bit(tmp_path):
+    plain = tiny_gptj()
+    plain.save_pretrained(tmp_path / "plain")
+    model = octavo.load(tmp_path / "plain", device="cpu")
+    assert len(quantized(model)) == 14
+    error = (logits(model) - logits(plain)).norm() / logits(plain).norm()
+    assert 0 < error < 0.02
+    model.save_pretrained(tmp_path / "eight")
+    assert torch.equal(logits(octavo.load(tmp_path / "eight", device="cpu")), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "eight")), logits(model))
+
+
+def test_bin_checkpoint(tmp_path):
+    plain = tiny_gptj()
+    torch.save(plain.state_dict(), tmp_path / "pytorch_model.bin")
+    plain.config.save_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path / "safe")
+    assert torch.equal(
+        logits(octavo.load(tmp_path, device="cpu")), logits(octavo.load(tmp_path / "safe", device="cpu"))
+    )
+
+
+def test_adapter_on_top(tmp_path):
+    peft = pytest.importorskip("peft")
+    plain = tiny_gptj()
+    plain.save_pretrained(tmp_path / "plain")
+    model = octavo.load(tmp_path / "plain", device="cpu")
+    base = logits(model)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = octavo.load(tmp_path / "plain", device="cpu", adapter=tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), expected)
+    assert (base - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, "float32"])
+def test_dtype_asked_for(tmp_path, dtype):
+    tiny_gptj().save_pretrained(tmp_path)
+    model = octavo.load(tmp_path, dtype=dtype, device="cpu")
+    assert {weight.dtype for weight in quantized(model)} == {model.dtype}
+    assert str(model.dtype).removeprefix("torch.") == str(dtype).removeprefix("torch.")
+    assert {weight.absmax.dtype for weight in quantized(model)} == {torch.float16}
+
+
+def test_half_precision_checkpoint_computes_in_float32_on_a_cpu(tmp_path):
+    tiny_gptj().half().save_pretrained(tmp_path)
+    assert octavo.load(tmp_path, device="cpu").dtype == torch.float32
+
+
+def test_errors_say_what_to_do(tmp_path):
+    plain = tiny_gptj()
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="float32, float16, bfloat16, found int4"):
+        octavo.load(tmp_path / "plain", dtype="int4")
+    octavo.load(tmp_path / "plain", device="cpu").save_pretrained(tmp_path / "eight")
+    with pytest.raises(ValueError, match="quantized already"):
+        octavo.load(tmp_path / "eight", config=octavo.OctavoConfig())
+    with pytest.raises(CheckpointError):
+        octavo.load(tmp_path / "nothing-here")
+    with pytest.raises(ValueError, match="tokenizer"):
+        octavo.load_tokenizer(tmp_path / "plain")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no GPU"):
+            octavo.load(tmp_path / "plain", device="cuda")
