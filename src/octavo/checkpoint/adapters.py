@@ -1,0 +1,66 @@
+"""Low-rank adapters found inside published checkpoints, as PEFT reads them.
+
+A published fine-tuned layer adds `adapter.2(adapter.0(x))` to its output: LoRA with scaling 1. PEFT calls the two `lora_A` [r, in] and
+`lora_B` [out, r], for embeddings `lora_embedding_A` [r, num] and `lora_embedding_B` [dim, r].
+
+Example:
+    >>> from octavo.checkpoint.adapters import save_peft_adapter
+    >>> save_peft_adapter(source.adapters, Path("out/adapter"), base="out")  # doctest: +SKIP
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Adapters = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def is_embedding_adapter(down: torch.Tensor, up: torch.Tensor) -> bool:
+    """Whether (A, B) as stored is a table [num, r] and a linear [dim, r], not two linears [r, in] and [out, r]."""
+    return down.shape[1] == up.shape[1] and down.shape[0] != up.shape[1]
+
+
+def peft_adapter(adapters: Adapters, base: str = "") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """PEFT's adapter_config.json and tensors for adapters given as module name → (adapter.0.weight, adapter.2.weight).
+
+    Returns:
+        The config as a dictionary, and the tensors by PEFT's names.
+    """
+    ranks, tensors = {}, {}
+    for module, (down, up) in adapters.items():
+        ranks[module] = up.shape[1]
+        names = ("lora_A.weight", "lora_B.weight")
+        if is_embedding_adapter(down, up):
+            names = ("lora_embedding_A", "lora_embedding_B")
+            down = down.T
+        for name, tensor in zip(names, (down, up), strict=True):
+            tensors[f"base_model.model.{module}.{name}"] = tensor.contiguous().clone()
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    # alpha = r everywhere: the published layers add the product as it is.
+    others = {module: r for module, r in ranks.items() if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+        "target_modules": sorted(ranks),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    return config, tensors
+
+
+def save_peft_adapter(adapters: Adapters, folder: Path, base: str = "") -> None:
+    """Write adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors."""
+    from safetensors.torch import save_file
+
+    config, tensors = peft_adapter(adapters, base)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

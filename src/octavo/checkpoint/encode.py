@@ -1,0 +1,187 @@
+"""Quantize one unit of a conversion and write it, matrix by matrix.
+
+The numbers are those of `octavo.quantizer.quantize_parameter` on the whole parameter; a stack of experts is only cut up so that
+one expert at a time is in memory.
+
+Example:
+    >>> from octavo.checkpoint.encode import write_unit
+    >>> rows = write_unit(unit, shard, source, model)  # doctest: +SKIP
+    >>> rows[0].name, rows[0].error / rows[0].power  # doctest: +SKIP
+    ('lm_head.weight', 2.8e-05)
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..config import OctavoConfig
+from ..quantizer import SCALE_DTYPES, Packed, quantize_parameter
+from .errors import CheckpointError
+from .shards import ShardFile
+from .source import Source
+from .units import Output, Unit
+
+# Weights compared at a time when the error is measured: 16 MB in float32.
+PANEL_WEIGHTS = 1 << 22
+
+
+@dataclass
+class Row:
+    """One line of a conversion's table.
+
+    Attributes:
+        name: the parameter.
+        shape: its shape.
+        kind: "8-bit", "exact" (published bytes kept) or "float".
+        before, after: bytes in the source and in the output.
+        error: sum of squared differences to the source's weights; 0 for what is not quantized.
+        power: sum of the squared weights.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    before: int
+    after: int
+    error: float = 0.0
+    power: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def write_unit(unit: Unit, shard: ShardFile, source: Source, model: Any) -> list[Row]:
+    """Read, quantize and write what belongs to a unit.
+
+    Raises:
+        CheckpointError: if a weight holds NaN or infinity, or cannot be read.
+        OSError: if the disk is full.
+    """
+    group = unit.group
+    total = sum(math.prod(output.shape) for output in unit.outputs) or 1
+    rows = []
+    try:
+        if group.experts and unit.outputs[0].entry is not None:
+            rows.append(_write_experts(unit, shard, source))
+        else:
+            made = group.realize(model, source.read) if not unit.outputs[0].exact else {}
+            for output in unit.outputs:
+                rows.append(_write_output(output, made.get(output.made), unit, shard, source))
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{source.folder}: {error}") from error
+    finally:
+        for name in group.source_names:
+            source.release(name)
+    for row in rows:
+        row.before = unit.source_bytes * math.prod(row.shape) // total
+    return rows
+
+
+def _write_output(
+    output: Output, tensor: torch.Tensor | None, unit: Unit, shard: ShardFile, source: Source
+) -> Row:
+    if output.entry is None:
+        assert tensor is not None
+        if output.check and tensor.is_floating_point() and not torch.isfinite(tensor.to(torch.float32)).all():
+            raise CheckpointError(
+                f"{source.folder}: {output.name} holds NaN or infinity: the checkpoint is damaged; nothing was converted"
+            )
+        shard.write(shard.reserve(output.name, output.dtype, output.shape), tensor.to(output.dtype))
+        return Row(output.name, output.shape, "float", 0, output.nbytes())
+    if output.exact:
+        return _write_published(output, unit, shard, source)
+    assert tensor is not None
+    stored = tensor.mT if output.entry.transposed else tensor
+    matrices = stored.reshape(-1, *stored.shape[-2:])
+    return _write_matrices(output, len(matrices), matrices.__getitem__, shard)
+
+
+def _write_experts(unit: Unit, shard: ShardFile, source: Source) -> Row:
+    """A stack whose matrices lie in the checkpoint one by one: one at a time."""
+    output, group = unit.outputs[0], unit.group
+
+    def read(index: int) -> torch.Tensor:
+        if index:
+            for names in group.sources.values():
+                source.release(names[index - 1])
+        matrix = group.read_expert(index, source.read)
+        return matrix.mT if output.entry is not None and output.entry.transposed else matrix
+
+    assert group.experts is not None
+    return _write_matrices(output, group.experts, read, shard)
+
+
+def _write_published(output: Output, unit: Unit, shard: ShardFile, source: Any) -> Row:
+    """A published 8-bit weight, its own numbers; quantized anew only if they cannot be kept."""
+    name = unit.group.source_names[0]
+    packed = source.read_packed(name)
+    if packed is None:
+        return _write_matrices(output, 1, lambda _: source.read(name), shard)
+    _write_packed(output, [packed], shard, packed.absmax.dtype)
+    return Row(output.name, output.shape, "exact", 0, output.nbytes(packed.absmax.dtype))
+
+
+def _write_matrices(
+    output: Output, count: int, read: Callable[[int], torch.Tensor], shard: ShardFile
+) -> Row:
+    """Quantize `count` matrices [N, K], each with its own codebook and all with one type of scales."""
+    scales = _scale_dtype(count, read, output.config)
+    fixed = replace(output.config, scales="float16" if scales == torch.float16 else "float32")
+    row = Row(output.name, output.shape, "8-bit", 0, output.nbytes(scales))
+
+    def quantized():
+        for index in range(count):
+            matrix = _computable(read(index))
+            packed = quantize_parameter(matrix, fixed, output.name)
+            error, power = _squared_error(matrix, packed)
+            row.error += error
+            row.power += power
+            yield packed
+
+    _write_packed(output, quantized(), shard, scales)
+    return row
+
+
+def _write_packed(output: Output, parts: Any, shard: ShardFile, scales: torch.dtype) -> None:
+    positions = {piece[0]: shard.reserve(*piece) for piece in output.pieces(scales)}
+    for packed in parts:
+        for suffix in ("code", "absmax", "qdata"):
+            key = f"{output.name}_{suffix}"
+            positions[key] = shard.write(positions[key], getattr(packed, suffix))
+
+
+def _scale_dtype(count: int, read: Callable[[int], torch.Tensor], config: OctavoConfig) -> torch.dtype:
+    """One type of scales for all matrices of a parameter, as `octavo.quantizer` chooses it."""
+    if config.scales != "auto":
+        return SCALE_DTYPES[config.scales]
+    if config.codebook == "dynamic":
+        return torch.float32
+    types = {ops.scale_dtype(_computable(read(index)), config.block_size) for index in range(count)}
+    return torch.float32 if torch.float32 in types else torch.float16
+
+
+def _computable(matrix: torch.Tensor) -> torch.Tensor:
+    """In a type the operations take, rows contiguous (a transposed one is walked row by row several times)."""
+    if matrix.dtype not in ops.schema.COMPUTING_TYPES and matrix.is_floating_point():
+        matrix = matrix.to(torch.float32)
+    return matrix.contiguous()
+
+
+def _squared_error(matrix: torch.Tensor, packed: Packed) -> tuple[float, float]:
+    """Sum of (w - ŵ)² and of w², accumulated in float64."""
+    rows, columns = matrix.shape
+    step = max(1, PANEL_WEIGHTS // max(columns, 1))
+    error = power = 0.0
+    for start in range(0, rows, step):
+        panel = matrix[start : start + step].to(torch.float32)
+        qdata, absmax = packed.qdata[start : start + step], packed.absmax[start : start + step]
+        kept = ops.dequantize(qdata, absmax, packed.code, packed.block_size, torch.float32)
+        error += torch.linalg.vector_norm(panel - kept, dtype=torch.float64).item() ** 2
+        power += torch.linalg.vector_norm(panel, dtype=torch.float64).item() ** 2
+    return error, power

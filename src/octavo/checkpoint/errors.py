@@ -1,0 +1,13 @@
+"""The one error that reading or writing a checkpoint raises when the files, not the program, are at fault.
+
+Example:
+    >>> from octavo.checkpoint.errors import CheckpointError
+    >>> raise CheckpointError("model.safetensors is truncated: ...")  # doctest: +SKIP
+"""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, converted or written.
+
+    Its message is one line for a person: it names the file or tensor, says what was expected and found, and what to do.
+    """

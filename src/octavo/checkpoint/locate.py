@@ -1,0 +1,203 @@
+"""Find a checkpoint's files: in a folder, as one file, or on the hub.
+
+Example:
+    >>> from octavo.checkpoint.locate import locate
+    >>> locate("path/to/model").files  # doctest: +SKIP
+    [PosixPath('path/to/model/model.safetensors')]
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CheckpointError
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[a-z]+)$")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+){0,1}$")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a checkpoint lies.
+
+    Attributes:
+        format: "safetensors", "bin" or "gguf".
+        folder: the folder of its files.
+        files: files with weights. With an index they are the ones it names, found or not.
+        index: the index of a sharded checkpoint, if it has one.
+    """
+
+    format: str
+    folder: Path
+    files: list[Path]
+    index: Path | None = None
+
+
+def locate(src: str | Path, revision: str | None = None) -> Location:
+    """Find the files of a checkpoint.
+
+    Args:
+        src: a folder, a file, or a hub id, which is downloaded into the hub's cache (only the files that are needed).
+        revision: branch, tag or commit, for a hub id.
+
+    Raises:
+        CheckpointError: if there is no checkpoint there.
+    """
+    path = Path(src).expanduser()
+    if path.is_file():
+        return _locate_file(path)
+    if path.is_dir():
+        return _locate_in_folder(path)
+    text = str(src)
+    repository, _, name = text.rpartition("/")
+    if text.endswith(".gguf") and HUB_ID.match(repository) and not path.is_absolute():
+        return _locate_file(download(repository, revision, only=name) / name)
+    if HUB_ID.match(text) and not path.is_absolute() and not text.startswith("."):
+        return _locate_in_folder(download(text, revision))
+    raise CheckpointError(f"{src}: no such file or folder, and not a hub id of the form organization/name")
+
+
+def _locate_file(path: Path) -> Location:
+    folder = path.parent
+    if path.suffix == ".gguf":
+        shard = SHARD.match(path.name)
+        if shard and int(shard["count"]) > 1:
+            raise CheckpointError(
+                f"{path} is part {int(shard['number'])} of {int(shard['count'])} of a split GGUF; "
+                "join the parts first: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+            )
+        return Location("gguf", folder, [path])
+    if path.name.endswith(".index.json"):
+        return _indexed("safetensors" if "safetensors" in path.name else "bin", folder, path)
+    if path.suffix == ".safetensors":
+        return Location("safetensors", folder, [path])
+    if path.suffix in PICKLE_SUFFIXES:
+        return Location("bin", folder, [path])
+    raise CheckpointError(f"{path}: expected a .safetensors, .bin or .gguf file")
+
+
+def _locate_in_folder(folder: Path) -> Location:
+    # Safetensors first: where a folder has both, they hold the same weights and a pickle is slower to open.
+    for format_, index, single, suffixes in (
+        ("safetensors", SAFETENSORS_INDEX, "model.safetensors", (".safetensors",)),
+        ("bin", BIN_INDEX, "pytorch_model.bin", PICKLE_SUFFIXES),
+    ):
+        if (folder / index).exists():
+            return _indexed(format_, folder, folder / index)
+        if (folder / single).exists():
+            return Location(format_, folder, [folder / single])
+        found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.name != "training_args.bin")
+        if not found:
+            continue
+        shards = [SHARD.match(p.name) for p in found]
+        if all(shards):
+            _require_all_shards(folder, found)
+            return Location(format_, folder, found)
+        if len(found) == 1:
+            return Location(format_, folder, found)
+        raise CheckpointError(
+            f"{folder}: {len(found)} {suffixes[0]} files and no {index}; give the one file that is meant"
+        )
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return _locate_file(ggufs[0])
+    if ggufs:
+        raise CheckpointError(
+            f"{folder} holds {len(ggufs)} GGUF files; name one of them: " + ", ".join(p.name for p in ggufs)
+        )
+    raise CheckpointError(
+        f"{folder}: no weights here; expected model.safetensors, pytorch_model.bin, an index of shards, or a .gguf file"
+    )
+
+
+def _indexed(format_: str, folder: Path, index: Path) -> Location:
+    from .index import shard_files
+
+    return Location(format_, folder, [folder / name for name in shard_files(index)], index)
+
+
+def _require_all_shards(folder: Path, found: list[Path]) -> None:
+    shards = [SHARD.match(p.name) for p in found]
+    counts = {int(m["count"]) for m in shards if m}
+    have = {int(m["number"]) for m in shards if m}
+    if len(counts) != 1 or have != set(range(1, counts.pop() + 1)):
+        raise CheckpointError(
+            f"{folder}: shards are missing or mixed: found " + ", ".join(p.name for p in found) + "; download again"
+        )
+
+
+def download(repository: str, revision: str | None = None, only: str | None = None) -> Path:
+    """Bring what is needed of a hub repository into the hub's cache; returns the folder.
+
+    Args:
+        repository: "organization/name".
+        revision: branch, tag or commit.
+        only: one file, instead of the weights in the best format there.
+
+    Raises:
+        CheckpointError: if the repository cannot be reached and is not in the cache, or holds no weights.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        files = HfApi().list_repo_files(repository, revision=revision)
+        patterns = [only] if only else wanted_files(files)
+        if not patterns:
+            raise CheckpointError(f"{repository} on the hub holds no safetensors, .bin or GGUF weights")
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repository} is gated: accept its terms on the hub, then `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{repository}: no such file or folder here, and no such repository{at} on the hub"
+        ) from error
+    except (OSError, OfflineModeIsEnabled) as unreachable:
+        try:
+            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(
+                f"{repository}: no such file or folder here, the hub cannot be reached "
+                f"({type(unreachable).__name__}), and its cache does not hold it; "
+                "check the path, or connect once to download it"
+            ) from error
+
+
+def wanted_files(files: list[str]) -> list[str]:
+    """Of a repository's files, those that a conversion needs: one format of weights, config.json, tokenizer.
+
+    Only files at the top: sub-folders hold other formats or other models.
+    """
+    from fnmatch import fnmatch
+
+    from .source import AUXILIARY_PATTERNS
+
+    top = [name for name in files if "/" not in name]
+    aside = [n for n in top if n == "config.json" or any(fnmatch(n, p) for p in AUXILIARY_PATTERNS)]
+    templates = [name for name in files if name.startswith("chat_templates/")]
+    for weights in (
+        [n for n in top if n.startswith("model") and n.endswith((".safetensors", ".safetensors.index.json"))],
+        [n for n in top if n.startswith("pytorch_model") and n.endswith((".bin", ".bin.index.json"))],
+        [n for n in top if n.endswith(".safetensors")],
+    ):
+        if weights:
+            return weights + aside + templates
+    ggufs = [n for n in top if n.endswith(".gguf")]
+    if len(ggufs) > 1:
+        raise CheckpointError(
+            "the repository holds several GGUF files; append one to its id: " + ", ".join(sorted(ggufs))
+        )
+    return ggufs + aside + templates if ggufs else []

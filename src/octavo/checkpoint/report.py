@@ -1,0 +1,291 @@
+"""What is in a checkpoint: which parameters are in 8 bits, their size, and their error against another checkpoint.
+
+Works from headers; data is read only where errors are asked for, one parameter at a time.
+
+Example:
+    >>> from octavo.checkpoint.report import report
+    >>> found = report("model-8bit", against="path/to/model")  # doctest: +SKIP
+    >>> found.bits_per_weight, found.error, found.coverage  # doctest: +SKIP
+    (8.25, 2.8e-05, 1.0)
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..config import OctavoConfig, stored_block_size
+from ..model import plan_model
+from .encode import PANEL_WEIGHTS
+from .errors import CheckpointError
+from .names import Group, map_names
+from .skeleton import build_skeleton
+from .source import Source, open_source
+
+SUFFIXES = ("qdata", "absmax", "code")
+
+
+@dataclass
+class Item:
+    """One parameter as it is stored.
+
+    Attributes:
+        name, shape: as stored; rows are outputs.
+        kind: "8-bit", or the type it has in float.
+        nbytes: bytes it takes, scales and codebook included.
+        block_size: weights that share a scale; None in float.
+        scales: type of the scales; None in float.
+        error: relative squared error against the other checkpoint, Σ(w - ŵ)² / Σw²; None if not compared.
+        power: Σw², what errors are pooled with.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    nbytes: int
+    block_size: int | None = None
+    scales: str | None = None
+    error: float | None = None
+    power: float = 0.0
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight."""
+        return 8 * self.nbytes / self.weights if self.weights else 0.0
+
+
+@dataclass
+class Report:
+    """A checkpoint's contents.
+
+    Attributes:
+        kind: what it is, as `Source.kind`.
+        codebook: "fitted" or "dynamic", for 8-bit checkpoints.
+        coverage: share of the weights in matrices, but for those skipped on purpose, that is in 8 bits.
+        skipped: matrices the config's patterns leave in float: name → weights.
+        left: other matrices in float: name → why.
+    """
+
+    model: str
+    kind: str
+    items: list[Item]
+    codebook: str | None = None
+    coverage: float = 0.0
+    skipped: dict[str, int] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    against: str | None = None
+
+    @property
+    def quantized(self) -> list[Item]:
+        return [item for item in self.items if item.kind == "8-bit"]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(item.nbytes for item in self.items)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, scales and codebooks included."""
+        weights = sum(item.weights for item in self.quantized)
+        return 8 * sum(item.nbytes for item in self.quantized) / weights if weights else 0.0
+
+    @property
+    def error(self) -> float | None:
+        """Pooled relative squared error of the quantized weights."""
+        compared = [item for item in self.quantized if item.error is not None]
+        power = sum(item.power for item in compared)
+        if not compared:
+            return None
+        return sum(item.error * item.power for item in compared if item.error) / power if power else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        summary = {
+            key: getattr(self, key)
+            for key in (
+                "model",
+                "kind",
+                "codebook",
+                "nbytes",
+                "bits_per_weight",
+                "coverage",
+                "against",
+                "error",
+                "skipped",
+                "left",
+            )
+        }
+        rows = [{**asdict(item), "bits": item.bits} for item in self.items]
+        return {**summary, "parameters": rows}
+
+
+def report(model: str | Path, against: str | Path | None = None) -> Report:
+    """Look into a checkpoint.
+
+    Args:
+        model: anything `open_source` takes; one in Octavo's format is checked against the format's rules.
+        against: another checkpoint of the same model, to measure errors against.
+
+    Raises:
+        CheckpointError: if files are damaged, or break the format.
+        ValueError: on a `format_version` this code does not know.
+    """
+    with open_source(model) as source:
+        skeleton = build_skeleton(source.model_config())
+        if source.kind == "octavo":
+            found = _report_octavo(str(model), source)
+        else:
+            found = _report_other(str(model), source)
+        _add_coverage(found, source, skeleton)
+        if against is not None:
+            found.against = str(against)
+            with open_source(against) as other:
+                _compare(found, source, other, skeleton)
+        return found
+
+
+def _config(source: Source) -> OctavoConfig:
+    packed = source.config.get("quantization_config")
+    return OctavoConfig.from_dict(packed) if source.kind == "octavo" else OctavoConfig()
+
+
+def _report_octavo(model: str, source: Source) -> Report:
+    config = _config(source)
+    names = [name.removesuffix("_qdata") for name in source.tensors if name.endswith("_qdata")]
+    items = [_octavo_item(name, source, config) for name in names]
+    parts = {f"{name}_{suffix}" for name in names for suffix in SUFFIXES}
+    items += [_float_item(info) for name, info in source.tensors.items() if name not in parts]
+    return Report(model, source.kind, items, config.codebook)
+
+
+def _octavo_item(name: str, source: Source, config: OctavoConfig) -> Item:
+    """One 8-bit parameter, checked against the format."""
+    absent = [f"{name}_{suffix}" for suffix in SUFFIXES if f"{name}_{suffix}" not in source.tensors]
+    if absent:
+        raise CheckpointError(f"{source.folder}: {name}_qdata is there without {', '.join(absent)}")
+    qdata, absmax, code = (source.tensors[f"{name}_{suffix}"] for suffix in SUFFIXES)
+    lead = qdata.shape[:-2]
+    if (
+        len(qdata.shape) < 2
+        or qdata.dtype != torch.uint8
+        or absmax.dtype not in ops.schema.SCALE_TYPES
+        or absmax.shape[:-1] != qdata.shape[:-1]
+        or code.dtype != torch.float32
+        or code.shape != (*lead, 256)
+    ):
+        found = ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in (qdata, absmax, code))
+        raise CheckpointError(f"{source.folder}: {name}: these parts do not belong together: {found}")
+    try:
+        block_size = stored_block_size(qdata.shape[-1], absmax.shape[-1], config.block_size)
+    except ValueError as error:
+        raise CheckpointError(f"{source.folder}: {name}: {error}") from error
+    table = source.read(f"{name}_code")
+    valid = bool((table[..., 1:] >= table[..., :-1]).all() and (table.abs() <= 1).all())
+    if not valid or not bool((table == 0).any(-1).all()):
+        raise CheckpointError(
+            f"{source.folder}: {name}_code: expected 256 ascending numbers within [-1, 1] with an exact 0"
+        )
+    scales = str(absmax.dtype).removeprefix("torch.")
+    nbytes = qdata.nbytes + absmax.nbytes + code.nbytes
+    return Item(name, qdata.shape, "8-bit", nbytes, block_size, scales)
+
+
+def _report_other(model: str, source: Source) -> Report:
+    items = []
+    for name, info in source.tensors.items():
+        if name in source.quantized:
+            items.append(Item(name, info.shape, "8-bit", info.nbytes, source.quantized[name], "float32"))
+        else:
+            items.append(_float_item(info))
+    return Report(model, source.kind, items, "as published" if source.kind == "published" else None)
+
+
+def _float_item(info: Any) -> Item:
+    return Item(info.name, info.shape, info.stored or str(info.dtype).removeprefix("torch."), info.nbytes)
+
+
+def _add_coverage(found: Report, source: Source, skeleton: Any) -> None:
+    plan = plan_model(skeleton, _config(source))
+    stored = {item.name for item in found.quantized}
+    done = total = 0
+    for entry in plan.entries.values():
+        weights = math.prod(entry.shape)
+        total += weights
+        if stored & {entry.name, *entry.aliases}:
+            done += weights
+        else:
+            found.left[entry.name] = "not quantized"
+    for name, (weights, why) in plan.left.items():
+        total += weights
+        found.left[name] = why
+    found.skipped = plan.skipped
+    found.coverage = done / total if total else 1.0
+
+
+def _compare(found: Report, source: Source, other: Source, skeleton: Any) -> None:
+    """Fill in the errors of quantized parameters against another checkpoint of the model."""
+    if other.kind == "octavo":
+        raise CheckpointError(f"{other.folder} is quantized too; compare with the original checkpoint")
+    plan = plan_model(skeleton, _config(source))
+    entries = {name: entry for entry in plan.entries.values() for name in (entry.name, *entry.aliases)}
+    groups = {name: group for group in map_names(skeleton, other).groups for name in group.outputs}
+    ours = {} if source.kind == "octavo" else {n: g for g in map_names(skeleton, source).groups for n in g.outputs}
+    stored_names = {name: name for name in groups} if source.kind == "octavo" else _by_source_name(ours)
+    for item in found.quantized:
+        name = stored_names.get(item.name, item.name)
+        entry = entries.get(name)
+        aliases = (entry.name, *entry.aliases) if entry else (name,)
+        group = next((groups[alias] for alias in aliases if alias in groups), None)
+        if group is None:
+            raise CheckpointError(f"{other.folder} has no {name}; expected a checkpoint of the same model")
+        _compare_item(item, source, other, group, skeleton, bool(entry and entry.transposed))
+
+
+def _by_source_name(groups: dict[str, Group]) -> dict[str, str]:
+    return {group.source_names[0]: name for name, group in groups.items()}
+
+
+def _compare_item(
+    item: Item, source: Source, other: Source, group: Group, skeleton: Any, transposed: bool
+) -> None:
+    made = group.realize(skeleton, other.read)
+    theirs = next(made[name] for name in made if name in (item.name, group.first) or len(made) == 1)
+    theirs = theirs.mT if transposed else theirs
+    if tuple(theirs.shape) != tuple(item.shape):
+        raise CheckpointError(
+            f"{other.folder}: {item.name}: expected shape {list(item.shape)}, found {list(theirs.shape)}"
+        )
+    columns = item.shape[-1]
+    theirs = theirs.reshape(-1, *item.shape[-2:])
+    error = power = 0.0
+    for index, matrix in enumerate(theirs):
+        step = max(1, PANEL_WEIGHTS // columns)
+        for start in range(0, matrix.shape[0], step):
+            panel = matrix[start : start + step].to(torch.float32)
+            kept = _dense(item, source, index, slice(start, start + step))
+            error += torch.linalg.vector_norm(panel - kept, dtype=torch.float64).item() ** 2
+            power += torch.linalg.vector_norm(panel, dtype=torch.float64).item() ** 2
+    for name in group.source_names:
+        other.release(name)
+    for suffix in SUFFIXES:
+        if f"{item.name}_{suffix}" in source.tensors:
+            source.release(f"{item.name}_{suffix}")
+    item.error = error / power if power else 0.0
+    item.power = power
+
+
+def _dense(item: Item, source: Source, index: int, rows: slice) -> torch.Tensor:
+    """Rows of one matrix of a stored parameter, de-quantized."""
+    if source.kind != "octavo":
+        return source.read(item.name)[rows]
+    qdata, absmax, code = (source.read(f"{item.name}_{suffix}") for suffix in SUFFIXES)
+    qdata, absmax = (part.reshape(-1, *part.shape[-2:])[index][rows] for part in (qdata, absmax))
+    assert item.block_size is not None
+    return ops.dequantize(qdata, absmax, code.reshape(-1, 256)[index], item.block_size, torch.float32)
