@@ -24,6 +24,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "histogram",
+    "kernels",
     "linear",
     "linear_transposed",
     "quantize",
@@ -144,3 +145,15 @@ def histogram(
     What `octavo.codebook.fit` works on; `octavo.ops.reference.histogram` defines it exactly.
     """
     return torch.ops.octavo.histogram(weight, block_size, bins, absmax_dtype)
+
+
+def kernels() -> dict[str, dict[str, object]]:
+    """Which kernels run on which kind of device, and why: kind → {"active": ..., "reason": ...}, for `octavo doctor`."""
+    found = {"CPU": cpu.status()}
+    if torch.cuda.is_available():
+        from . import triton
+
+        found["GPU"] = triton.status()
+    else:
+        found["GPU"] = {"active": "none", "reason": "this torch finds no GPU"}
+    return found
