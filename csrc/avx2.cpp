@@ -39,6 +39,15 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
   }
 
+  // Fewer than L values of type T, and zeros.
+  template <DType T>
+  static OCTAVO_INLINE V load_tail(const void* data, int64_t i, int64_t n) {
+    alignas(32) char values[4 * L] = {};
+    std::memcpy(values, static_cast<const char*>(data) + i * static_cast<int64_t>(size_of(T)),
+                static_cast<size_t>(n) * size_of(T));
+    return load_as<T>(values, 0);
+  }
+
   static OCTAVO_INLINE __m128i to_bfloat16s(V v) {
     const I u = _mm256_castps_si256(v);
     const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

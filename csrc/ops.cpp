@@ -104,7 +104,7 @@ void linear(const Kernels& k, const Matrix& matrix, const void* x, DType type, i
             DType bias_type, void* out, int threads) {
   const Packed w = packed(matrix);
   if (tokens == 0 || w.rows == 0) return;
-  const int64_t stride = padded(w.columns), parts = parts_of(w.scales);
+  const int64_t stride = padded(w.columns);
   static thread_local Scratch values_memory, fixed_memory, units_memory, bias_memory;
 
   Tokens input{tokens, stride, nullptr, nullptr, nullptr};
@@ -113,12 +113,12 @@ void linear(const Kernels& k, const Matrix& matrix, const void* x, DType type, i
   input.values = values;
 
   Table table;
-  bool fixed = k.to_fixed && type != kFloat32 && parts <= 4;
+  bool fixed = k.to_fixed && type != kFloat32 && parts_of(w.scales) <= 4;
   if (fixed) {
     k.prepare(matrix.code, true, table);
     int16_t* integers = fixed_memory.get<int16_t>(tokens * stride);
-    float* units = units_memory.get<float>(tokens * stride / kChunk * parts);
-    fixed = k.to_fixed(values, tokens, w.columns, parts, table.fixed_unit, integers, units);
+    float* units = units_memory.get<float>(tokens * stride / kChunk);
+    fixed = k.to_fixed(values, tokens, w.columns, table.fixed_unit, integers, units);
     input.fixed = integers;
     input.units = units;
   }

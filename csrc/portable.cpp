@@ -58,6 +58,12 @@ struct Portable {
     return v;
   }
   template <DType T>
+  static OCTAVO_INLINE V load_tail(const void* data, int64_t i, int64_t n) {
+    V v = zero();
+    for (int64_t l = 0; l < n; l++) v.f[l] = read(data, T, i + l);
+    return v;
+  }
+  template <DType T>
   static OCTAVO_INLINE void store_chunk(void* out, int64_t i, const V (&v)[kChunk / L]) {
     for (int j = 0; j < kChunk / L; j++)
       for (int l = 0; l < L; l++) write(out, T, i + j * L + l, v[j].f[l]);

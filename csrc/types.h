@@ -55,9 +55,9 @@ struct Tokens {
   int64_t count;
   int64_t stride;         // padded(columns)
   const float* values;    // float32 [count, stride]; null when fixed point is used
-  // Fixed point: 16-bit integers in the order the kernel decodes a chunk in, and one float32 unit a chunk part.
+  // Fixed point: 16-bit integers in the order the kernel decodes a chunk in, and one float32 unit a chunk.
   const int16_t* fixed;   // [count, stride]
-  const float* units;     // [count, stride / 64 * parts]
+  const float* units;     // [count, stride / 64]
 };
 
 struct Output {
@@ -84,8 +84,7 @@ struct Kernels {
   void (*narrow)(const float* values, int64_t count, void* out, DType type, int64_t first);
 
   // The same to fixed point, from the widened values; false if they do not allow it (NaN, infinity). Null: not supported.
-  bool (*to_fixed)(const float* x, int64_t tokens, int64_t columns, int64_t parts, float unit, int16_t* fixed,
-                   float* units);
+  bool (*to_fixed)(const float* x, int64_t tokens, int64_t columns, float unit, int16_t* fixed, float* units);
 
   // out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n] for rows [row0, row1).
   void (*dot)(const Packed&, const Table&, const Tokens&, int64_t row0, int64_t row1, const Output&, float* scratch);
