@@ -48,12 +48,13 @@ OCTAVO_INLINE void write(void* data, DType type, int64_t i, float x) {
   std::memcpy(static_cast<char*>(data) + 2 * i, &h, 2);
 }
 
-// `n` values of `type`, starting at element `first` → float32.
+// `n` values of `type`, starting at element `first` → float32. Zeros follow up to a whole vector: `out` has room for a
+// multiple of 16 values.
 template <class S, DType T>
 void widen_as(const void* data, int64_t first, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + S::L <= n; i += S::L) S::store(out + i, S::template load_as<T>(data, first + i));
-  for (; i < n; i++) out[i] = read(data, T, first + i);
+  if (i < n) S::store(out + i, S::template load_tail<T>(data, first + i, n - i));
 }
 
 template <class S>
@@ -114,6 +115,44 @@ void expand_scales(const Scales& s, int64_t row, int64_t columns, int64_t parts,
   for (; i < end; i++) out[i - begin] = 0.0f;
 }
 
+// The scales of one row after another, each as `expand_scales` gives them for all chunks. Where a block is a chunk's part,
+// rows follow each other as they are stored, and many are converted at once; a last chunk then sees the next row's scales
+// for weights that do not exist, whose input is zero.
+template <class S>
+class RowScales {
+ public:
+  RowScales(const Scales& s, int64_t columns, int64_t parts, float* buffer)
+      : s_(s), columns_(columns), parts_(parts), chunks_(chunks_of(columns)), buffer_(buffer),
+        stored_(s.block * parts == kChunk), step_(stored_ ? 1 + kAtOnce / (s.per_row + 1) : 1) {}
+
+  OCTAVO_INLINE const float* row(int64_t n, int64_t end) {
+    if (!stored_) {
+      expand_scales<S>(s_, n, columns_, parts_, 0, chunks_, buffer_);
+      return buffer_;
+    }
+    if (n >= next_) load(n, end);
+    return buffer_ + (n - first_) * s_.per_row;
+  }
+
+ private:
+  static constexpr int64_t kAtOnce = 128;  // no more than the spare part of `scratch_floats`
+
+  void load(int64_t n, int64_t end) {
+    first_ = n;
+    next_ = least(n + step_, end);
+    const int64_t count = (next_ - n) * s_.per_row;
+    widen_run<S>(s_.data, s_.half ? kFloat16 : kFloat32, n * s_.per_row, count, buffer_);
+    for (int64_t i = count; i < count + parts_; i++) buffer_[i] = 0.0f;
+  }
+
+  const Scales s_;
+  const int64_t columns_, parts_, chunks_;
+  float* const buffer_;
+  const bool stored_;
+  const int64_t step_;
+  int64_t first_ = 0, next_ = 0;
+};
+
 // The scale of vector j of chunk c.
 template <class S, int Parts>
 OCTAVO_INLINE typename S::V scale_of(const float* scales, int64_t c, int j) {
@@ -156,12 +195,13 @@ OCTAVO_INLINE void dot_chunk(const typename S::Codes& codes, const uint8_t* q, c
 
 template <class S, int M, int Parts>
 void dot_rows(const Packed& w, const Table& table, const float* x, int64_t stride, int64_t token, int64_t row0,
-              int64_t row1, const Output& out, float* scales) {
+              int64_t row1, const Output& out, float* scratch) {
   const typename S::Codes codes = S::load_codes(table);
   const int64_t chunks = chunks_of(w.columns), full = w.columns / kChunk;
+  RowScales<S> row_scales(w.scales, w.columns, Parts, scratch);
   uint8_t tail[kChunk];
   for (int64_t n = row0; n < row1; n++) {
-    expand_scales<S>(w.scales, n, w.columns, Parts, 0, chunks, scales);
+    const float* scales = row_scales.row(n, row1);
     const uint8_t* row = w.qdata + n * w.columns;
     typename S::V acc[M];
     for (int m = 0; m < M; m++) acc[m] = S::zero();

@@ -37,6 +37,17 @@ struct Simd512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
   }
 
+  // Fewer than L values of type T, and zeros.
+  template <DType T>
+  static OCTAVO_INLINE V load_tail(const void* data, int64_t i, int64_t n) {
+    const __mmask16 there = static_cast<__mmask16>((1u << n) - 1u);
+    const char* p = static_cast<const char*>(data) + i * static_cast<int64_t>(size_of(T));
+    if constexpr (T == kFloat32) return _mm512_maskz_loadu_ps(there, p);
+    const __m256i h = _mm256_maskz_loadu_epi16(there, p);
+    if constexpr (T == kFloat16) return _mm512_cvtph_ps(h);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+
   // Rounded by integer arithmetic: the conversion instruction would flush subnormal numbers to zero.
   static OCTAVO_INLINE __m256i to_bfloat16s(V v) {
     const I u = _mm512_castps_si512(v);
@@ -121,8 +132,7 @@ OCTAVO_INLINE void fix_codes(const float* code, Table& t) {
 // values of a chunk, first the even ones, then the odd ones. Each chunk has its own unit, its largest magnitude / 32767,
 // so a value far above the others costs only its own chunk precision. `unit` is that of the code. Not usable where a value
 // is NaN, infinite, or so small that the inverse of its unit would overflow.
-bool to_fixed512(const float* x, int64_t tokens, int64_t columns, int64_t parts, float unit, int16_t* fixed,
-                 float* units) {
+bool to_fixed512(const float* x, int64_t tokens, int64_t columns, float unit, int16_t* fixed, float* units) {
   const __m512i even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), odd = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
   const int64_t chunks = tokens * chunks_of(columns);
   bool usable = true;
@@ -140,7 +150,7 @@ bool to_fixed512(const float* x, int64_t tokens, int64_t columns, int64_t parts,
     const __m512i high = _mm512_inserti64x4(_mm512_castsi256_si512(h[2]), h[3], 1);
     _mm512_storeu_si512(fixed, _mm512_permutex2var_epi64(low, even, high));
     _mm512_storeu_si512(fixed + 32, _mm512_permutex2var_epi64(low, odd, high));
-    for (int64_t p = 0; p < parts; p++) *units++ = top / 32767.0f * unit;
+    *units++ = top / 32767.0f * unit;
   }
   return usable;
 }
@@ -158,16 +168,19 @@ OCTAVO_INLINE __m512 lane_scales(const float* scales, int64_t c) {
 }
 
 template <class S, int M, int Parts>
-OCTAVO_INLINE void dot_fixed_chunk(const typename S::FixedCodes& codes, const uint8_t* q, const float* const* scales,
-                                   int64_t c, const int16_t* x, int64_t stride, __m512 (&acc)[M]) {
+OCTAVO_INLINE void dot_fixed_chunk(const typename S::FixedCodes& codes, const uint8_t* q, const float* scales,
+                                   const float* units, int64_t c, const int16_t* x, int64_t stride,
+                                   __m512 (&acc)[M]) {
   __m512i low, high;
   S::decode_fixed(codes, q, low, high);
+  const __m512 scale = lane_scales<Parts>(scales, c);
   for (int m = 0; m < M; m++) {
     const int16_t* xm = x + m * stride + c * kChunk;
     // |code| <= 16383 and |x| <= 32767: four products to a lane stay below 2^31.
     __m512i sum = S::madd(_mm512_setzero_si512(), low, _mm512_loadu_si512(xm));
     sum = S::madd(sum, high, _mm512_loadu_si512(xm + 32));
-    acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), lane_scales<Parts>(scales[m], c), acc[m]);
+    const __m512 unit = _mm512_set1_ps(units[m * (stride / kChunk) + c]);
+    acc[m] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit), scale, acc[m]);
   }
 }
 
@@ -175,28 +188,23 @@ template <class S, int M, int Parts>
 void dot_fixed_rows(const Packed& w, const Table& table, const Tokens& x, int64_t token, int64_t row0, int64_t row1,
                     const Output& out, float* scratch) {
   const typename S::FixedCodes codes = S::load_fixed_codes(table);
-  const int64_t chunks = chunks_of(w.columns), full = w.columns / kChunk, units = chunks * Parts;
+  const int64_t chunks = chunks_of(w.columns), full = w.columns / kChunk;
   const int16_t* fixed = x.fixed + token * x.stride;
+  const float* units = x.units + token * chunks;
+  RowScales<S> row_scales(w.scales, w.columns, Parts, scratch);
   uint8_t tail[kChunk];
-  float* scales[M];
-  for (int m = 0; m < M; m++) scales[m] = scratch + (1 + m) * units;
   for (int64_t n = row0; n < row1; n++) {
-    expand_scales<S>(w.scales, n, w.columns, Parts, 0, chunks, scratch);
-    for (int m = 0; m < M; m++) {
-      const float* xm = x.units + (token + m) * units;
-      int64_t i = 0;
-      for (; i + 16 <= units; i += 16) _mm512_storeu_ps(scales[m] + i, S::mul(S::load(scratch + i), S::load(xm + i)));
-      for (; i < units; i++) scales[m][i] = scratch[i] * xm[i];
-    }
+    const float* scales = row_scales.row(n, row1);
     const uint8_t* row = w.qdata + n * w.columns;
     __m512 acc[M];
     for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
     for (int64_t c = 0; c < full; c++) {
       OCTAVO_PREFETCH(row + c * kChunk + kPrefetch);
-      dot_fixed_chunk<S, M, Parts>(codes, row + c * kChunk, scales, c, fixed, x.stride, acc);
+      dot_fixed_chunk<S, M, Parts>(codes, row + c * kChunk, scales, units, c, fixed, x.stride, acc);
     }
     if (full < chunks)
-      dot_fixed_chunk<S, M, Parts>(codes, chunk_of(row, full, w.columns, tail), scales, full, fixed, x.stride, acc);
+      dot_fixed_chunk<S, M, Parts>(codes, chunk_of(row, full, w.columns, tail), scales, units, full, fixed, x.stride,
+                                    acc);
     for (int m = 0; m < M; m++) {
       const float sum = _mm512_reduce_add_ps(acc[m]) + (out.bias ? out.bias[n] : 0.0f);
       write(out.data, out.type, (token + m) * out.stride + n, sum);
