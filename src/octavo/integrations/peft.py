@@ -1,6 +1,11 @@
-"""Adapters that published 8-bit checkpoints carry beside their weights, as PEFT's own LoRA layers.
+"""Where PEFT meets Octavo: adapters of published checkpoints, and adapters on the embedding or the head.
 
-Such an adapter adds `up(down(x))` to a layer's output, unscaled: a LoRA with A = down, B = up and alpha = rank.
+A published 8-bit checkpoint may carry adapters beside its weights. Such an adapter adds `up(down(x))` to a
+layer's output, unscaled: a LoRA with A = down, B = up and alpha = rank, so it becomes PEFT's own layer.
+
+PEFT needs no help to put its layers onto 8-bit weights. One thing stands in the way: it saves the whole
+embedding and head beside an adapter that targets them. Those are frozen and have no float values to save, so
+`keep_frozen_out_of_adapters` leaves them out.
 
 Example:
     >>> add_published_adapters(model, {"transformer.h.0.attn.q_proj": (down, up)})  # doctest: +SKIP
@@ -12,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tensor import OctavoTensor
+
 ADAPTER_NAME = "published"
 
 
@@ -20,7 +27,8 @@ def add_published_adapters(model: nn.Module, adapters: dict[str, tuple[torch.Ten
 
     Args:
         model: a transformers model, its base weights frozen.
-        adapters: module name → (down, up): [r, in] and [out, r] for a linear, [num, r] and [dim, r] for an embedding.
+        adapters: module name → (down, up): [r, in] and [out, r] for a linear, [num, r] and [dim, r] for an
+            embedding.
 
     Raises:
         ImportError: if PEFT is not installed, saying how to install it.
@@ -57,3 +65,22 @@ def _fill(layer: Any, down: torch.Tensor, up: torch.Tensor) -> None:
         else:
             layer.lora_A[ADAPTER_NAME].weight.copy_(down)
             layer.lora_B[ADAPTER_NAME].weight.copy_(up)
+
+
+def keep_frozen_out_of_adapters(model: nn.Module) -> None:
+    """Leave 8-bit embeddings and heads out of what PEFT saves as an adapter. Calling it twice is harmless.
+
+    Args:
+        model: a transformers model; PEFT may wrap it later.
+    """
+    for find in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(model, find, lambda: None)()
+        if layer is not None and not getattr(layer, "_octavo_frozen_left_out", False):
+            layer._octavo_frozen_left_out = True
+            layer.register_state_dict_post_hook(_drop_frozen_weight)
+
+
+def _drop_frozen_weight(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    # PEFT calls the layer that it wraps `base_layer`; under any other name the weight is a part of the model.
+    if prefix.endswith("base_layer.") and isinstance(getattr(module, "weight", None), OctavoTensor):
+        state.pop(f"{prefix}weight", None)

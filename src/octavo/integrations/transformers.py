@@ -24,6 +24,7 @@ from ..config import stored_block_size
 from ..model import Plan, dequantize_model, plan_model
 from ..quantizer import Packed
 from ..tensor import SUFFIXES, OctavoTensor, pack
+from .peft import keep_frozen_out_of_adapters
 
 
 class OctavoConfig(PlainConfig, QuantizationConfigMixin):
@@ -41,6 +42,7 @@ def register() -> None:
 def attach(model: nn.Module, config: PlainConfig) -> None:
     """Mark a model quantized outside `from_pretrained`, so that `save_pretrained` and `dequantize` know it."""
     register()
+    keep_frozen_out_of_adapters(model)
     model.hf_quantizer = OctavoHfQuantizer(config, pre_quantized=False)
     model.is_quantized = True
     model.quantization_method = "octavo"
@@ -119,6 +121,7 @@ class OctavoHfQuantizer(HfQuantizer):
                     f"{', '.join(missing)}: expected 8-bit weights, found none in the checkpoint. It is incomplete, or its "
                     "config.json lists other skip patterns than it was written with"
                 )
+        keep_frozen_out_of_adapters(model)
         return model
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
