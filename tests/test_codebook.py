@@ -141,7 +141,7 @@ def test_few_values_are_exact_to_a_histogram_bin():
 
 
 def test_fit_wants_a_finite_matrix():
-    with pytest.raises(ValueError, match="dimensions of the weight.*2.*1"):
+    with pytest.raises(ValueError, match=r"dimensions of the weight.*2.*1"):
         codebook.fit(torch.randn(5), 64, torch.float32)
     with pytest.raises(ValueError, match="NaN or infinite"):
         codebook.fit(torch.tensor([[1.0, torch.nan]]), 64, torch.float32)

@@ -139,13 +139,13 @@ def test_nan_and_infinity_are_errors(bad, device):
 
 
 def test_a_scale_too_large_for_float16_is_an_error(device):
-    with pytest.raises(ValueError, match="65504"):
+    with pytest.raises(ValueError, match=r"65504"):
         ops.quantize(
             torch.full((2, 64), 1e5, device=device), codebook.dynamic().to(device), 64, torch.float16
         )
 
 
-@pytest.mark.parametrize("dtype", FLOATS + [torch.float64])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_quantize_takes_every_float_type(dtype, device):
     weight = torch.randn(4, 64, device=device).to(dtype)
     code = codebook.dynamic().to(device)
@@ -391,7 +391,7 @@ def test_opcheck(shape, dtype, device):
 def test_wrong_arguments_say_what_was_expected_and_found(fake):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    qdata, absmax, code, block_size = packed(8, 128, 64)
+    qdata, absmax, code, _block_size = packed(8, 128, 64)
     x, ids = torch.randn(2, 128), torch.tensor([1])
     wrong = [
         ("linear", (torch.randn(2, 100), qdata, absmax, code, 64), r"last dimension.*128.*\(2, 100\)"),

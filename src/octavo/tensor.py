@@ -76,7 +76,7 @@ class OctavoTensor(torch.Tensor):
     def __new__(
         cls, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"
     ):
-        shape, strides = list(qdata.shape), list(_contiguous_strides(qdata.shape))
+        shape, strides = list(qdata.shape), list(qdata.stride())
         if transposed:
             shape[-2:] = shape[-1], shape[-2]
             strides[-2:] = strides[-1], strides[-2]
@@ -153,43 +153,44 @@ class OctavoTensor(torch.Tensor):
     def rewrite_(self, values: torch.Tensor) -> "OctavoTensor":
         """Quantize `values` into this tensor's own storage, so that aliases see the change.
 
-        A fitted codebook is fitted anew; any other, and that of a slice (whose codebook also serves rows outside it), is kept.
+        A fitted codebook is fitted anew; any other, and that of a slice (whose codebook also serves rows outside it),
+        is kept.
 
         Args:
             values: float, of this tensor's shape.
 
         Raises:
-            ValueError: if values holds NaN, infinity, or more than float16 scales can hold.
+            ValueError: if values holds NaN, infinity, or more than float16 scales can hold; nothing is changed.
         """
-        stored = values.mT if self.transposed else values
-        if stored.shape != self.qdata.shape:
+        from .codebook import fit
+
+        if values.shape != self.shape:
             raise ValueError(
-                f"a weight in 8 bits cannot change its shape in place: expected {tuple(self.shape)}, found {tuple(values.shape)}"
+                f"a weight in 8 bits cannot change its shape in place: expected {tuple(self.shape)}, found "
+                f"{tuple(values.shape)}"
             )
+        stored = (values.detach().mT if self.transposed else values.detach()).to(self.device)
+        if not stored.numel() or self.qdata.is_meta:
+            return self
         if not torch.isfinite(stored).all():
             raise ValueError("an in-place change gave NaN or infinity: the 8-bit weight keeps its old values")
         if self.absmax.dtype == torch.float16 and stored.abs().max() > ops.HALF_LARGEST:
             raise ValueError(
-                f"an in-place change gave values beyond {ops.HALF_LARGEST}, which this weight's float16 scales cannot hold; "
-                "quantize it with scales='float32'"
+                f"an in-place change gave values beyond {ops.HALF_LARGEST:g}, which this weight's float16 scales cannot "
+                "hold; quantize it with scales='float32'"
             )
-        from .codebook import fit
-
-        columns = stored.shape[-1]
-        matrices = stored.to(self.device).reshape(
-            -1, *(stored.shape[-2:] if stored.dim() > 1 else (1, columns))
-        )
-        qdata = self.qdata.view(-1, *matrices.shape[1:])
-        absmax = self.absmax.view(qdata.shape[0], qdata.shape[1], -1)
-        codes = self.code.view(-1, 256)
-        for index, matrix in enumerate(matrices):
-            code = codes[index if codes.shape[0] > 1 else 0]
+        for values, qdata, absmax, code in _matrices(stored, self.qdata, self.absmax, self.code):
             if self.codebook == "fitted":
-                code.copy_(fit(matrix, self.block_size, self.absmax.dtype))
-            new_qdata, new_absmax = ops.quantize(matrix, code, self.block_size, self.absmax.dtype)
-            qdata[index].copy_(new_qdata)
-            absmax[index].copy_(new_absmax)
+                code.copy_(fit(values, self.block_size, absmax.dtype))
+            new_qdata, new_absmax = ops.quantize(values, code, self.block_size, absmax.dtype)
+            qdata.copy_(new_qdata)
+            absmax.copy_(new_absmax)
         return self
+
+    def take_parts(self, other: "OctavoTensor") -> None:
+        """Become an alias of `other`, whose shape, device and computing type this tensor has been given."""
+        for name in (*SUFFIXES, "block_size", "transposed", "codebook"):
+            setattr(self, name, getattr(other, name))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return (
@@ -225,32 +226,34 @@ class OctavoTensor(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
-        """What FSDP2 gathers of this shard: bytes and scales; each process holds the whole codebook already."""
-        metadata = (self.code, self.block_size, self.dtype, self.transposed, self.codebook, outer_size)
-        return (self.qdata, self.absmax), metadata
+        """What FSDP2 gathers of this shard; see `octavo.integrations.distributed`."""
+        from .integrations.distributed import gather_inputs
+
+        return gather_inputs(self, mesh, outer_size)
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
-        """The whole weight from the gathered parts; rows that padded the last shard are cut off."""
-        qdata, absmax = outputs
-        code, block_size, dtype, transposed, codebook, outer_size = metadata
-        rows = outer_size[0]
-        gathered = OctavoTensor(
-            qdata[:rows], absmax[:rows], code, block_size, param_dtype or dtype, transposed, codebook
-        )
-        return None if out is not None else (gathered, outputs)
+        """The whole weight from the gathered parts."""
+        from .integrations.distributed import gathered_weight
 
-
-def _contiguous_strides(shape) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+        return gathered_weight(outputs, metadata, param_dtype, out)
 
 
 def _first_matrix(qdata, absmax, code):
     lead = (0,) * (qdata.dim() - 2)
     return qdata[lead], absmax[lead], code[lead]
+
+
+def _matrices(values, qdata, absmax, code):
+    """The matrices of stored parts of any rank, as tuples of views (values, qdata, absmax, code)."""
+    if qdata.dim() == 1:
+        values, qdata, absmax = values[None], qdata[None], absmax[None]
+    if qdata.dim() == 2:
+        yield values, qdata, absmax, code
+        return
+    for index in range(qdata.shape[0]):
+        yield from _matrices(
+            values[index], qdata[index], absmax[index], code if code.dim() == 1 else code[index]
+        )
 
 
 def _dequantize_stored(qdata, absmax, code, block_size, dtype) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from . import ops
+from . import ops, tensor_functions
 from .tensor import OctavoTensor, count_fallback
 
 aten = torch.ops.aten
@@ -43,10 +43,28 @@ def handles(*overloads) -> Callable[[Callable], Callable]:
     return register
 
 
+POINTWISE_IN_PLACE = {
+    aten.add_.Tensor,
+    aten.add_.Scalar,
+    aten.sub_.Tensor,
+    aten.sub_.Scalar,
+    aten.mul_.Tensor,
+    aten.mul_.Scalar,
+    aten.div_.Tensor,
+    aten.div_.Scalar,
+}
+
+
+def _wider(own: torch.dtype, at_least: torch.dtype | None) -> torch.dtype:
+    return own if at_least is None else torch.promote_types(own, at_least)
+
+
 def fall_back(func, args, kwargs):
     """De-quantize every OctavoTensor among the arguments and run `func`; write back what it changed in place."""
     count_fallback(str(func))
     changed: list[tuple[OctavoTensor, torch.Tensor]] = []
+    # A change computed in 16 bits would round every weight once more.
+    dtype = torch.float32 if func in POINTWISE_IN_PLACE else None
     if func._schema.is_mutable:
         args, kwargs = list(args), dict(kwargs)
         for position, argument in enumerate(func._schema.arguments):
@@ -55,7 +73,7 @@ def fall_back(func, args, kwargs):
             place, key = (kwargs, argument.name) if argument.name in kwargs else (args, position)
             value = place[key] if key in kwargs or position < len(args) else None
             if isinstance(value, OctavoTensor):
-                dense = value.dequantize()
+                dense = value.dequantize(_wider(value.dtype, dtype))
                 changed.append((value, dense))
                 place[key] = dense
             elif isinstance(value, (list, tuple)) and any(isinstance(item, OctavoTensor) for item in value):
@@ -168,7 +186,7 @@ def permute(weight, dims):
     plain = list(range(weight.dim()))
     if order == plain:
         return alias(weight)
-    if weight.dim() >= 2 and order == plain[:-2] + [plain[-1], plain[-2]]:
+    if weight.dim() >= 2 and order == [*plain[:-2], plain[-1], plain[-2]]:
         return like(weight, weight.qdata, weight.absmax, transposed=not weight.transposed)
     return NotImplemented
 
@@ -184,17 +202,23 @@ def view(weight, size):
     flat = (
         weight.qdata.shape[-1] % weight.block_size == 0 and weight.code.dim() == 1 and not weight.transposed
     )
-    # A flat row in whole blocks is still a quantized row: FSDP2 looks at its shard this way.
+    # A flat row in whole blocks is still a quantized row.
     if flat and size == [weight.numel()]:
         return like(weight, weight.qdata.view(-1), weight.absmax.view(-1), codebook="slice")
-    return NotImplemented
+    # FSDP2 keeps a flat view of each shard, which it only uses for tensors without its hooks.
+    if size == [weight.numel()] and _called_by_fsdp():
+        return alias(weight)
+    # Not a view of the float copy: that of a transposed weight is not contiguous, though `.contiguous()` was asked for.
+    count_fallback("aten.view.default")
+    return weight.dequantize().reshape(size)
 
 
 @handles(aten.as_strided.default)
 def as_strided(weight, size, stride, storage_offset=None):
-    if list(size) == list(weight.shape) and list(stride) == list(weight.stride()) and not storage_offset:
-        return alias(weight)
-    return NotImplemented
+    if list(size) != list(weight.shape) or storage_offset:
+        return NotImplemented
+    # FSDP2 asks for contiguous strides of what its own hook has put together.
+    return alias(weight) if list(stride) == list(weight.stride()) or _called_by_fsdp() else NotImplemented
 
 
 def _stored_dim(weight: OctavoTensor, dim: int) -> int:
@@ -303,15 +327,21 @@ def _called_by_fsdp() -> bool:
 def _room(weight: OctavoTensor, size, make: str, device):
     """Zeroed or empty quantized rows for FSDP2; NotImplemented for anyone else, or for another row length."""
     shape = list(size)
-    if weight.transposed or shape[1:] != list(weight.shape[1:]) or not _called_by_fsdp():
+    # The first dimension is what FSDP2 shards; of a transposed matrix it is the inside of rows.
+    if (
+        shape[1:] != list(weight.shape[1:])
+        or (weight.transposed and weight.dim() < 3)
+        or not _called_by_fsdp()
+    ):
         return NotImplemented
     create = getattr(torch, make)
     device = device or weight.device
-    qdata = create(shape, dtype=torch.uint8, device=device)
-    absmax = create((*shape[:-1], weight.absmax.shape[-1]), dtype=weight.absmax.dtype, device=device)
+    rows, lead = shape[0], weight.code.dim() - 1
+    qdata = create((rows, *weight.qdata.shape[1:]), dtype=torch.uint8, device=device)
+    absmax = create((rows, *weight.absmax.shape[1:]), dtype=weight.absmax.dtype, device=device)
     code = weight.code
-    if code.dim() > 1:
-        code = create((*shape[:-2], 256), dtype=code.dtype, device=device)
+    if lead:
+        code = create((rows, *code.shape[1:]), dtype=code.dtype, device=device)
     return like(weight, qdata, absmax, code.to(device))
 
 
@@ -356,6 +386,27 @@ def new_ones(weight, size, *, dtype=None, layout=None, device=None, pin_memory=N
 @handles(aten.new_full.default)
 def new_full(weight, size, fill_value, *, dtype=None, layout=None, device=None, pin_memory=None):
     return _plain(weight, size, "full", dtype, device, fill_value)
+
+
+@handles(aten.mm.default)
+def mm(first, second):
+    """Products that PyTorch's own C++ asks for: inside einsum, and in the backward pass of a fall-back."""
+    return tensor_functions.matmul(first, second)
+
+
+@handles(aten.addmm.default)
+def addmm(bias, first, second, *, beta=1, alpha=1):
+    return tensor_functions.addmm(bias, first, second, beta=beta, alpha=alpha)
+
+
+@handles(aten.bmm.default)
+def bmm(first, second):
+    return tensor_functions.bmm(first, second)
+
+
+@handles(aten.mv.default)
+def mv(matrix, vector):
+    return tensor_functions.matmul(matrix, vector)
 
 
 @handles(aten.is_same_size.default)

@@ -1,7 +1,8 @@
 """Hot operations on an `OctavoTensor`, caught by function and sent straight to the kernels.
 
-Nothing here holds a float copy of a weight. A handler that finds arguments it has no path for returns NotImplemented; the
-operation then goes on to `octavo.tensor_dispatch`.
+Nothing here holds a float copy of a weight, save for assignments inside rows. A handler that finds arguments it has no
+path for returns NotImplemented; the operation then goes on to `octavo.tensor_dispatch`. Handlers name their parameters
+as PyTorch does, because users may pass them by name.
 
 Example:
     >>> import torch, octavo
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from . import ops
 from .ops.schema import COMPUTING_TYPES
-from .tensor import FROZEN, OctavoTensor
+from .tensor import FROZEN, OctavoTensor, count_fallback
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 
@@ -26,7 +27,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 def call(func, args, kwargs):
     """`__torch_function__` of OctavoTensor: the handler for `func` if there is one, else PyTorch's own way."""
     handler = FUNCTIONS.get(func)
-    if handler is not None:
+    # `out=` is rare and wants its own checks: PyTorch's way has them.
+    if handler is not None and "out" not in kwargs:
         result = handler(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -45,116 +47,151 @@ def handles(*functions) -> Callable[[Callable], Callable]:
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
-    """x in autocast's type where autocast is on: our operations are outside its lists."""
+    """x in autocast's type where autocast is on: our operations are outside its lists. It leaves float64 alone."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point():
+    if device == "meta":  # autocast knows no such device
+        return x
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 
 
 def _product(x: torch.Tensor, weight: OctavoTensor, transpose: bool, bias: torch.Tensor | None = None):
     """x Wᵀ (`transpose`) or x W for one matrix, plus bias; W as the user sees it."""
+    if isinstance(x, OctavoTensor):
+        return NotImplemented
     x = _autocast(x)
-    if type(x) is OctavoTensor or x.dtype not in COMPUTING_TYPES:
+    if x.dtype not in COMPUTING_TYPES or isinstance(bias, OctavoTensor):
         return NotImplemented
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     packed = (weight.qdata, weight.absmax, weight.code, weight.block_size)
     # Stored rows are what `linear` sums over: the user's transpose and the stored one cancel out.
     if transpose != weight.transposed:
+        if _is_direct(x, weight, bias):
+            return ops.cpu.linear_fast(x, *packed, bias)
         return ops.linear(x, *packed, bias)
     out = ops.linear_transposed(x, *packed)
     return out if bias is None else out + bias
+
+
+def _is_direct(x: torch.Tensor, weight: OctavoTensor, bias: torch.Tensor | None) -> bool:
+    """Whether the CPU kernel may be called past PyTorch's dispatcher, which costs as much as a small product.
+
+    So it is where nothing asks for a gradient, nothing is being traced or transformed, and the shapes are right: the kernel
+    reads raw memory, and the checks are on the dispatcher's side.
+    """
+    return (
+        ops.cpu.AVAILABLE
+        and type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and weight.qdata.device.type == "cpu"
+        and x.dim() >= 1
+        and x.shape[-1] == weight.qdata.shape[1]
+        and (bias is None or (bias.shape == weight.qdata.shape[:1] and bias.device.type == "cpu"))
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+    )
 
 
 def _is_matrix(weight: Any) -> bool:
     return isinstance(weight, OctavoTensor) and weight.qdata.dim() == 2
 
 
+def _is_stack(weight: Any) -> bool:
+    return isinstance(weight, OctavoTensor) and weight.qdata.dim() == 3
+
+
 @handles(F.linear)
-def linear(x, weight, bias=None):
+def linear(input, weight, bias=None):
     if not _is_matrix(weight):
         return NotImplemented
-    return _product(x, weight, True, bias)
+    return _product(input, weight, True, bias)
 
 
 @handles(F.embedding)
 def embedding(
     input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
 ):
-    if (
-        not _is_matrix(weight)
-        or weight.transposed
-        or max_norm is not None
-        or weight.dtype not in COMPUTING_TYPES
-    ):
+    # padding_idx, scale_grad_by_freq and sparse concern only the gradient of the weight, which there is none of.
+    if not _is_matrix(weight) or weight.transposed or max_norm is not None:
+        return NotImplemented
+    if weight.dtype not in COMPUTING_TYPES:
         return NotImplemented
     return ops.embedding(input, weight.qdata, weight.absmax, weight.code, weight.block_size, weight.dtype)
 
 
-@handles(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
-def matmul(x, other):
+@handles(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+def matmul(input, other):
     if _is_matrix(other):
-        return _product(x, other, False)
-    if _is_matrix(x) and other.dim() <= 2:
+        return _product(input, other, False)
+    if _is_matrix(input) and other.dim() <= 2:
         # W y = (yᵀ Wᵀ)ᵀ
-        out = _product(other.mT if other.dim() == 2 else other, x, True)
+        out = _product(other.mT if other.dim() == 2 else other, input, True)
         return out if out is NotImplemented or other.dim() == 1 else out.mT
-    if isinstance(other, OctavoTensor) and other.qdata.dim() == 3 and x.dim() == 3:
-        return bmm(x, other)
+    if _is_stack(other) and input.dim() == 3:
+        return bmm(input, other)
     return NotImplemented
 
 
 @handles(torch.Tensor.__rmatmul__)
-def rmatmul(weight, x):
-    return matmul(x, weight)
+def rmatmul(weight, other):
+    return matmul(other, weight)
+
+
+@handles(torch.mm, torch.Tensor.mm)
+def mm(input, mat2):
+    return matmul(input, mat2) if input.dim() == mat2.dim() == 2 else NotImplemented
 
 
 @handles(torch.addmm, torch.Tensor.addmm)
-def addmm(bias, x, other, *, beta=1, alpha=1):
-    if not _is_matrix(other) or beta != 1 or alpha != 1 or isinstance(bias, OctavoTensor):
+def addmm(input, mat1, mat2, *, beta=1, alpha=1):
+    if not _is_matrix(mat2) or beta != 1 or alpha != 1 or isinstance(input, OctavoTensor):
         return NotImplemented
-    out = _product(x, other, False, bias if bias.dim() == 1 else None)
-    return out if out is NotImplemented or bias.dim() == 1 else out + bias
+    out = _product(mat1, mat2, False, input if input.dim() == 1 else None)
+    return out if out is NotImplemented or input.dim() == 1 else out + input.to(out.dtype)
 
 
 @handles(torch.bmm, torch.Tensor.bmm)
-def bmm(x, other):
+def bmm(input, mat2):
     """Products with a stack of matrices (experts), one after the other: [E, T, K] with [E, K, N] → [E, T, N]."""
-    if not (isinstance(other, OctavoTensor) and other.qdata.dim() == 3) or isinstance(x, OctavoTensor):
+    if not _is_stack(mat2) or isinstance(input, OctavoTensor):
         return NotImplemented
-    if x.dim() != 3 or x.shape[0] != other.shape[0] or not other.shape[0]:
+    if input.dim() != 3 or input.shape[0] != mat2.shape[0] or not mat2.shape[0]:
         return NotImplemented
-    parts = [_product(x[index], other[index], False) for index in range(other.shape[0])]
+    parts = [_product(input[index], mat2[index], False) for index in range(mat2.shape[0])]
     return NotImplemented if parts[0] is NotImplemented else torch.stack(parts)
 
 
 @handles(torch.baddbmm, torch.Tensor.baddbmm)
-def baddbmm(bias, x, other, *, beta=1, alpha=1):
-    if beta != 1 or alpha != 1:
+def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
+    if beta != 1 or alpha != 1 or isinstance(input, OctavoTensor):
         return NotImplemented
-    out = bmm(x, other)
-    return out if out is NotImplemented else out + bias
+    out = bmm(batch1, batch2)
+    return out if out is NotImplemented else out + input.to(out.dtype)
 
 
 @handles(getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
-def grouped_mm(x, weight, offs=None, **options):
+def grouped_mm(mat_a, mat_b, offs=None, **options):
     """Tokens sorted by expert, each group times its expert: [T, K] with [E, K, N] and ends `offs` [E] → [T, N]."""
-    if not (isinstance(weight, OctavoTensor) and weight.qdata.dim() == 3) or isinstance(x, OctavoTensor):
+    if not _is_stack(mat_b) or isinstance(mat_a, OctavoTensor):
         return NotImplemented
-    if x.dim() != 2 or offs is None or any(value is not None for value in options.values()):
+    if mat_a.dim() != 2 or offs is None or any(value is not None for value in options.values()):
         return NotImplemented
     out, start = [], 0
     for expert, stop in enumerate(offs.tolist()):
         if stop > start:
-            out.append(_product(x[start:stop], weight[expert], False))
+            out.append(_product(mat_a[start:stop], mat_b[expert], False))
         start = stop
-    if start < x.shape[0]:
-        # Rows after the last group belong to no expert; torch leaves them undefined, we give zeros.
-        out.append(x.new_zeros(x.shape[0] - start, weight.shape[-1]))
     if any(part is NotImplemented for part in out):
         return NotImplemented
-    return torch.cat(out) if out else x.new_zeros(0, weight.shape[-1])
+    if start < mat_a.shape[0] or not out:
+        # Rows after the last group belong to no expert; torch leaves them undefined, we give zeros.
+        like = out[0] if out else _autocast(mat_a)
+        out.append(like.new_zeros(mat_a.shape[0] - start, mat_b.shape[-1]))
+    return torch.cat(out)
 
 
 @handles(torch.Tensor.requires_grad.__set__)
@@ -165,10 +202,67 @@ def set_requires_grad(weight, value):
 
 @handles(torch.Tensor.data.__set__)
 def set_data(weight, value):
-    """`weight.data = value` writes into the weight's own storage: `.data` has handed out aliases of it."""
+    """`weight.data = value`.
+
+    Plain values are quantized into the weight's own storage: `.data` has handed out aliases of it. The same storage again,
+    as `weight.data += delta` ends, changes nothing. Another 8-bit weight is taken over as it is, with its device and
+    computing type.
+    """
     if not isinstance(weight, OctavoTensor):
         return NotImplemented
     if not isinstance(value, OctavoTensor):
         weight.rewrite_(value)
-    elif value.qdata is not weight.qdata and value.qdata.data_ptr() != weight.qdata.data_ptr():
-        weight.copy_(value)
+    elif not _same_storage(weight, value):
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.Tensor.data.__set__(weight, value)
+        weight.take_parts(value)
+
+
+def _same_storage(one: OctavoTensor, other: OctavoTensor) -> bool:
+    return one.qdata is other.qdata or (
+        one.device == other.device
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.transposed == other.transposed
+        and one.qdata.data_ptr() == other.qdata.data_ptr() != 0
+    )
+
+
+@handles(torch.Tensor.__setitem__)
+def set_item(weight, index, value):
+    """`weight[index] = value`. Whole rows go through slices that share storage; anything else rewrites the weight."""
+    if not isinstance(weight, OctavoTensor) or _whole_rows(weight, index):
+        return NotImplemented
+    # PyTorch would write into the float copy that a slice inside rows is, and the change would be lost.
+    count_fallback("Tensor.__setitem__")
+    dense = weight.dequantize(torch.float32)
+    dense[index] = value.dequantize() if isinstance(value, OctavoTensor) else value
+    weight.rewrite_(dense)
+
+
+def _whole_rows(weight: OctavoTensor, index: Any) -> bool:
+    """Whether `index` is made of integers and slices over dimensions that are not the inside of a stored row."""
+    if index is Ellipsis:
+        return True
+    parts = index if isinstance(index, tuple) else (index,)
+    inside = weight.dim() - 2 if weight.transposed else weight.dim() - 1
+    return len(parts) <= weight.dim() and all(
+        (isinstance(part, slice) or (isinstance(part, int) and not isinstance(part, bool)))
+        and (dim != inside or part == slice(None))
+        for dim, part in enumerate(parts)
+    )
+
+
+def _on_floats(function: Callable) -> Callable:
+    def run(weight, *args, **kwargs):
+        if not isinstance(weight, OctavoTensor):
+            return NotImplemented
+        count_fallback(f"Tensor.{function.__name__}")
+        return function(weight.dequantize(), *args, **kwargs)
+
+    return run
+
+
+# PyTorch refuses these to every tensor subclass; on the float values they mean what they say.
+for _function in (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__):
+    FUNCTIONS[_function] = _on_floats(_function)
