@@ -27,6 +27,9 @@ from .units import Output, Unit
 
 # Weights compared at a time when the error is measured: 16 MB in float32.
 PANEL_WEIGHTS = 1 << 22
+NOT_FINITE = (
+    "{0} holds NaN or infinity, nothing was written: the checkpoint is damaged, or leave this parameter as it is with --skip {0}"
+)
 
 
 @dataclass
@@ -74,7 +77,10 @@ def write_unit(unit: Unit, shard: ShardFile, source: Source, model: Any) -> list
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{source.folder}: {error}") from error
+        name = unit.outputs[len(rows)].name
+        if "NaN" in str(error):
+            raise CheckpointError(f"{source.folder}: {NOT_FINITE.format(name)}") from error
+        raise CheckpointError(f"{source.folder}: {name}: {error}") from error
     finally:
         for name in group.source_names:
             source.release(name)
@@ -89,9 +95,7 @@ def _write_output(
     if output.entry is None:
         assert tensor is not None
         if output.check and tensor.is_floating_point() and not torch.isfinite(tensor.to(torch.float32)).all():
-            raise CheckpointError(
-                f"{source.folder}: {output.name} holds NaN or infinity: the checkpoint is damaged; nothing was converted"
-            )
+            raise CheckpointError(f"{source.folder}: {NOT_FINITE.format(output.name)}")
         shard.write(shard.reserve(output.name, output.dtype, output.shape), tensor.to(output.dtype))
         return Row(output.name, output.shape, "float", 0, output.nbytes())
     if output.exact:

