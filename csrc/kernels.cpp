@@ -15,7 +15,7 @@ namespace {
 
 #if defined(OCTAVO_X86)
 struct Features {
-  bool avx2 = false, avx512 = false, vbmi = false;
+  bool avx2 = false, avx512 = false, vbmi = false, bf16 = false;
   char words[160] = "";
 
   Features() {
@@ -30,9 +30,11 @@ struct Features {
     const bool f = seven.b >> 16 & 1, dq = seven.b >> 17 & 1, bw = seven.b >> 30 & 1, vl = seven.b >> 31 & 1;
     avx512 = avx2 && (saved & 0xe6u) == 0xe6u && f && dq && bw && vl;
     vbmi = avx512 && (seven.c >> 1 & 1) && (seven.c >> 11 & 1);
+    bf16 = vbmi && (leaf(7, 1).a >> 5 & 1);
     add(avx2, "avx2, fma, f16c");
     add(avx512, "avx512f, avx512bw, avx512dq, avx512vl");
     add(vbmi, "avx512_vbmi, avx512_vnni");
+    add(bf16, "avx512_bf16");
   }
 
  private:
@@ -73,10 +75,11 @@ const Features& features() {
 #endif
 
 struct Supported {
-  const Kernels* list[5] = {};
+  const Kernels* list[6] = {};
   Supported() {
     int n = 0;
 #if defined(OCTAVO_X86)
+    if (features().bf16) list[n++] = &vbmi_bf16_kernels();
     if (features().vbmi) list[n++] = &vbmi_kernels();
     if (features().avx512) list[n++] = &avx512_kernels();
     if (features().avx2) list[n++] = &avx2_kernels();

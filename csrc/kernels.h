@@ -9,9 +9,10 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& vbmi_kernels();
+const Kernels& vbmi_bf16_kernels();
 #endif
 
-// What this processor and its operating system can run, best first; ends with null. At most four.
+// What this processor and its operating system can run, best first; ends with null.
 const Kernels* const* supported_kernels();
 
 // The kernels by name, or null if unknown or not supported here.

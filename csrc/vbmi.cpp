@@ -1,4 +1,5 @@
 // Kernels for AVX-512 with VBMI and VNNI (Intel Ice Lake and later, AMD Zen 4 and later): the codebook lives in registers.
+// Built a second time, by vbmi_bf16.cpp, for processors that also round to bfloat16 in one instruction (AVX512_BF16).
 //
 // A byte plane of the codebook, 256 bytes, is four registers. vpermi2b looks 64 indices up in two of them by the lower
 // seven bits; doing that for both halves and blending by the top bit gives the plane's bytes for all 64 weights. Two planes
@@ -75,13 +76,33 @@ struct Vbmi : Simd512 {
     high = _mm512_unpackhi_epi8(b0, b1);
   }
   static OCTAVO_INLINE __m512i madd(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+#if defined(OCTAVO_BF16)
+  template <DType T>
+  static OCTAVO_INLINE void store_chunk(void* out, int64_t i, const V (&v)[4]) {
+    constexpr int kSubnormal = 0x20;
+    const __mmask16 subnormal = _mm512_fpclass_ps_mask(v[0], kSubnormal) | _mm512_fpclass_ps_mask(v[1], kSubnormal) |
+                                _mm512_fpclass_ps_mask(v[2], kSubnormal) | _mm512_fpclass_ps_mask(v[3], kSubnormal);
+    // The instruction flushes subnormal numbers to zero, which the format does not.
+    if (T != kBFloat16 || subnormal) return Simd512::store_chunk<T>(out, i, v);
+    char* p = static_cast<char*>(out) + 2 * i;
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0])));
+    _mm512_storeu_si512(p + 64, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[3], v[2])));
+  }
+#endif
 };
 
 }  // namespace
 
+#if defined(OCTAVO_BF16)
+const Kernels& vbmi_bf16_kernels() {
+  constexpr const char* name = "vbmi_bf16";
+#else
 const Kernels& vbmi_kernels() {
+  constexpr const char* name = "vbmi";
+#endif
   static constexpr Kernels kernels{
-      "vbmi", prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, transposed<Vbmi>,
+      name, prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, transposed<Vbmi>,
       dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, count<Vbmi>};
   return kernels;
 }

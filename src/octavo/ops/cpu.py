@@ -33,12 +33,20 @@ except ImportError as error:
 ISA_VARIABLE = "OCTAVO_CPU_ISA"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# More tokens than this: panels of de-quantized rows and PyTorch's matmul, instead of the fused product.
-FUSED_TOKENS = 8
-FUSED_TOKENS_TRANSPOSED = 2
-# Bytes of a de-quantized panel.
-PANEL_BYTES = 1 << 20
-# The panels' columns start at multiples of this in the native kernels.
+# Most tokens for the fused product; more go through panels of de-quantized rows and PyTorch's matmul. Measured on one core of
+# a Zen 5, 4096 x 4096, ms a call, fused against panels:
+#   bfloat16   8: 1.9 / 3.4   16: 3.5 / 3.9   24: 5.0 / 4.4
+#   float32    8: 3.5 / 5.9   24: 9.6 / 11    32: 13 / 13.7   64: 25 / 24
+#   float16   64: 13 / 24 (panels in float32: PyTorch's float16 takes 74), and so on in proportion
+_FUSED_TOKENS = {torch.bfloat16: 16, torch.float32: 32, torch.float16: 1 << 40}
+# The same for kernels that look codes up in memory (avx2, portable).
+_FUSED_TOKENS_BY_MEMORY = 4
+# Most tokens for the fused product with the transposed matrix. 2048 x 2048, as above, bfloat16: 8: 0.99 / 1.45, 16: 2.1 / 1.2.
+_FUSED_TOKENS_TRANSPOSED = 8
+# Bytes of a de-quantized panel: it should stay in the second-level caches. Measured as above, 8192 x 2048, 512 tokens of
+# bfloat16, against PyTorch on a dense matrix: 0.5 MB 0.986, 1 MB 1.007, 2 MB 1.008, 4 MB 1.004, 8 MB 0.964.
+_PANEL_BYTES = 1 << 20
+# Panels of columns start at multiples of this.
 _COLUMN_STEP = 64
 
 _requested = os.environ.get(ISA_VARIABLE, "").strip().lower()
@@ -98,6 +106,30 @@ def _matrix(qdata, absmax, code, block_size):
     )
 
 
+def _panel_types() -> dict[torch.dtype, torch.dtype]:
+    """In which type panels are multiplied, by the type of the input.
+
+    PyTorch multiplies float16 slowly on every x86, and bfloat16 on those without instructions for it.
+    """
+    types = {torch.float32: torch.float32, torch.float16: torch.float32, torch.bfloat16: torch.bfloat16}
+    features = _native.cpu_features() if _native is not None else ""
+    if features and "avx512_bf16" not in features:
+        types[torch.bfloat16] = torch.float32
+    return types
+
+
+_PANEL_TYPES = _panel_types()
+
+
+def _fused_tokens() -> dict[torch.dtype, int]:
+    if _native is None or _native.active() in ("avx2", "portable"):
+        return dict.fromkeys(_TYPES, _FUSED_TOKENS_BY_MEMORY)
+    return _FUSED_TOKENS
+
+
+FUSED_TOKENS = _fused_tokens()
+
+
 def linear_fast(x, qdata, absmax, code, block_size, bias=None):
     """`octavo.ops.linear` on CPU tensors, without checks, gradient or dispatcher. See there for shapes."""
     rows, columns = qdata.shape
@@ -106,7 +138,7 @@ def linear_fast(x, qdata, absmax, code, block_size, bias=None):
         out = torch.zeros((*x.shape[:-1], rows), dtype=dtype)
         return out if bias is None else out + bias.to(dtype)
     tokens = x.numel() // columns
-    if tokens > FUSED_TOKENS:
+    if tokens > FUSED_TOKENS[dtype]:
         return _linear_panels(x, qdata, absmax, code, block_size, bias)
     out = torch.empty((*x.shape[:-1], rows), dtype=dtype)
     # A name for each, so that a copy lives as long as its address is used.
@@ -135,27 +167,30 @@ def linear_fast(x, qdata, absmax, code, block_size, bias=None):
 
 
 def _panel_rows(columns: int, dtype: torch.dtype) -> int:
-    return max(64, PANEL_BYTES // (columns * dtype.itemsize) // 64 * 64)
+    return max(64, _PANEL_BYTES // (columns * dtype.itemsize) // 64 * 64)
 
 
 def _linear_panels(x, qdata, absmax, code, block_size, bias):
     """Many tokens: a panel of rows is de-quantized into a buffer that stays in cache and multiplied by PyTorch."""
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
     rows, columns = qdata.shape
-    flat = x.reshape(-1, columns)
-    out = torch.empty((flat.shape[0], rows), dtype=x.dtype)
-    step = min(_panel_rows(columns, x.dtype), rows)
-    panel = torch.empty((step, columns), dtype=x.dtype)
+    dtype = _PANEL_TYPES[x.dtype]
+    flat = x.reshape(-1, columns).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    out = torch.empty((flat.shape[0], rows), dtype=dtype)
+    step = min(_panel_rows(columns, dtype), rows)
+    panel = torch.empty((step, columns), dtype=dtype)
     matrix = _matrix(qdata, absmax, code, block_size)
-    threads, kind, pointer = torch.get_num_threads(), _TYPES[x.dtype], panel.data_ptr()
-    if bias is not None:
-        bias = bias.to(x.dtype)
+    threads, kind, pointer = torch.get_num_threads(), _TYPES[dtype], panel.data_ptr()
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         _native.dequantize(*matrix, start, stop, 0, columns, pointer, kind, threads)
-        part = None if bias is None else bias[start:stop]
-        out[:, start:stop] = F.linear(flat, panel[: stop - start], part)
-    return out.view(*x.shape[:-1], rows)
+        weight, part = panel[: stop - start].t(), out[:, start:stop]
+        if bias is None:
+            torch.mm(flat, weight, out=part)
+        else:
+            torch.addmm(bias[start:stop], flat, weight, out=part)
+    return out.to(x.dtype).view(*x.shape[:-1], rows)
 
 
 def linear_transposed_fast(x, qdata, absmax, code, block_size):
@@ -166,24 +201,25 @@ def linear_transposed_fast(x, qdata, absmax, code, block_size):
     if not tokens or not columns:
         return torch.zeros((*x.shape[:-1], columns), dtype=x.dtype)
     matrix = _matrix(qdata, absmax, code, block_size)
-    threads, kind = torch.get_num_threads(), _TYPES[x.dtype]
-    if tokens <= FUSED_TOKENS_TRANSPOSED:
+    threads = torch.get_num_threads()
+    if tokens <= _FUSED_TOKENS_TRANSPOSED:
         x = x.contiguous()
         out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
-        _native.linear_transposed(*matrix, x.data_ptr(), kind, tokens, out.data_ptr(), threads)
+        _native.linear_transposed(*matrix, x.data_ptr(), _TYPES[x.dtype], tokens, out.data_ptr(), threads)
         return out
     # Panels of columns: each sum over the rows is one matmul's, in float32.
-    flat = x.reshape(-1, rows)
-    out = torch.empty((tokens, columns), dtype=x.dtype)
-    step = min(_panel_rows(rows, x.dtype), -(-columns // _COLUMN_STEP) * _COLUMN_STEP)
-    panel = torch.empty(rows * step, dtype=x.dtype)
-    pointer = panel.data_ptr()
+    dtype = _PANEL_TYPES[x.dtype]
+    flat = x.reshape(-1, rows).to(dtype)
+    out = torch.empty((tokens, columns), dtype=dtype)
+    step = min(_panel_rows(rows, dtype), -(-columns // _COLUMN_STEP) * _COLUMN_STEP)
+    panel = torch.empty(rows * step, dtype=dtype)
+    pointer, kind = panel.data_ptr(), _TYPES[dtype]
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         width = stop - start
         _native.dequantize(*matrix, 0, rows, start, stop, pointer, kind, threads)
-        out[:, start:stop] = flat @ panel[: rows * width].view(rows, width)
-    return out.view(*x.shape[:-1], columns)
+        torch.mm(flat, panel[: rows * width].view(rows, width), out=out[:, start:stop])
+    return out.to(x.dtype).view(*x.shape[:-1], columns)
 
 
 def dequantize(qdata, absmax, code, block_size, dtype):
