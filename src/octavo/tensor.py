@@ -76,10 +76,11 @@ class OctavoTensor(torch.Tensor):
     def __new__(
         cls, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"
     ):
-        shape, strides = list(qdata.shape), list(qdata.stride())
+        shape, strides = qdata.shape, qdata.stride()
         if transposed:
-            shape[-2:] = shape[-1], shape[-2]
-            strides[-2:] = strides[-1], strides[-2]
+            # Contiguous, as the weight is that it stands for (FSDP2 takes no other): strides of floats that do not exist.
+            shape = (*shape[:-2], shape[-1], shape[-2])
+            strides = _contiguous_strides(shape)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=dtype, device=qdata.device, requires_grad=False
         )
@@ -236,6 +237,14 @@ class OctavoTensor(torch.Tensor):
         from .integrations.distributed import gathered_weight
 
         return gathered_weight(outputs, metadata, param_dtype, out)
+
+
+def _contiguous_strides(shape) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
 
 
 def _first_matrix(qdata, absmax, code):

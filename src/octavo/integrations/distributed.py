@@ -96,7 +96,9 @@ def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
 
 def _all_gather(part: torch.Tensor, mesh) -> torch.Tensor:
     out = part.new_empty(part.shape[0] * mesh.size(), *part.shape[1:])
-    dist.all_gather_into_tensor(out, part, group=mesh.get_group())
+    # Its name since PyTorch 2.13; the older one warns there.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, part, group=mesh.get_group())
     return out
 
 
