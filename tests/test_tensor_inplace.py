@@ -32,7 +32,9 @@ CHANGES = {
     "copy_": lambda t: t.copy_(torch.linspace(-1, 1, t.numel()).view(t.shape)),
     "copy_ broadcast": lambda t: t.copy_(torch.linspace(-1, 1, t.shape[-1])),
     "clamp_": lambda t: t.clamp_(-0.5, 0.5),
-    "masked_fill_": lambda t: t.masked_fill_(torch.ones(t.shape, dtype=torch.bool, device=t.device).triu(), 2.0),
+    "masked_fill_": lambda t: t.masked_fill_(
+        torch.ones(t.shape, dtype=torch.bool, device=t.device).triu(), 2.0
+    ),
     "index_add_": lambda t: t.index_add_(0, torch.tensor([1], device=t.device), torch.ones_like(t[:1])),
     "addmm_": lambda t: t.addmm_(torch.ones(t.shape[0], 2).to(t), torch.ones(2, t.shape[1]).to(t)),
     "addcmul_": lambda t: t.addcmul_(torch.ones_like(t), torch.full(t.shape, 2.0).to(t)),
@@ -64,7 +66,9 @@ CHANGES = {
 @pytest.mark.parametrize("codebook", ["fitted", "dynamic"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changes(change, codebook, transposed, device):
-    if transposed and change in (CHANGES[name] for name in ("rows", "row", "narrow", "chunks", "unbind", "blocks")):
+    if transposed and change in (
+        CHANGES[name] for name in ("rows", "row", "narrow", "chunks", "unbind", "blocks")
+    ):
         pytest.skip("inside stored rows a cut is a float copy (see octavo.tensor)")
     config = OctavoConfig(codebook=codebook, block_size=64)
     t = make(8, 128, device=device, config=config, transposed=transposed)
@@ -81,7 +85,9 @@ def test_changes(change, codebook, transposed, device):
         assert torch.equal(t.code, code), "the published table is kept"
 
 
-@pytest.mark.parametrize("change", [lambda t: t.mul_(2), lambda t: t.__setitem__(1, 0.5), lambda t: t[1].add_(1)])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.mul_(2), lambda t: t.__setitem__(1, 0.5), lambda t: t[1].add_(1)]
+)
 def test_changes_of_a_stack(change, device):
     t = make(3, 8, 100, device=device)
     dense, before = t.dequantize().clone(), t.code.clone()
@@ -205,7 +211,11 @@ def test_copy_between_8_bit_weights(device):
 def test_nan_leaves_the_old_values(bad):
     t = make(8, 128)
     before = t.dequantize()
-    for change in (lambda: t.add_(bad), lambda: t.data.copy_(torch.full((8, 128), bad)), lambda: t.__setitem__(3, bad)):
+    for change in (
+        lambda: t.add_(bad),
+        lambda: t.data.copy_(torch.full((8, 128), bad)),
+        lambda: t.__setitem__(3, bad),
+    ):
         with pytest.raises(ValueError, match="NaN or infinity.*old values"):
             change()
         assert torch.equal(t.dequantize(), before)

@@ -10,6 +10,7 @@ Example:
     OctavoTensor(shape=(100, 64), dtype=torch.float32, device=cpu, block_size=64, codebook='fitted')
 """
 
+import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,10 +25,11 @@ SMALLEST_MATRIX = 4096
 SHORTEST_ROW = 16
 LARGEST_FLOAT_SHARE = 0.01
 
-# Parameters of a matrix's shape that are not multiplied like one. Each entry says why.
+# Parameters of a matrix's shape that are not multiplied like one, by the last component of their names. Each entry says why.
 KEEP_IN_FLOAT = {
     "A_log": "state-space decay: its exponential is taken, and an error in it compounds over the sequence",
     "x_proj_norm": "a norm",
+    "*bias": "biases are added; those of a stack of experts have a matrix's shape",
 }
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -99,12 +101,22 @@ def _count(shape) -> int:
     return torch.Size(shape).numel()
 
 
-def plan_model(model: nn.Module, config: OctavoConfig) -> Plan:
+def plan_model(model: nn.Module, config: OctavoConfig, *, within: str = "", strict: bool = True) -> Plan:
     """Decide for each parameter of a model whether it is quantized. Works on the meta device.
+
+    Args:
+        model: any module.
+        config: `skip` is what counts here.
+        within: what the names of a part of a model begin with in the whole, which patterns may mention ("model").
+        strict: whether a pattern that matches nothing is an error. Not for a stored model, of which a part may be loaded.
 
     Raises:
         ValueError: if a pattern of `config.skip` matches no parameter.
     """
+
+    def skipped(name: str) -> bool:
+        return config.skips(f"{within}.{name}" if within else name)
+
     names: dict[int, list[str]] = {}
     owners: dict[int, tuple[nn.Module, torch.Tensor]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -112,13 +124,14 @@ def plan_model(model: nn.Module, config: OctavoConfig) -> Plan:
             names.setdefault(id(parameter), []).append(f"{prefix}.{leaf}" if prefix else leaf)
             # The first owner decides: a head tied to the embedding is the embedding.
             owners.setdefault(id(parameter), (module, parameter))
-    _check_patterns(config, [name for group in names.values() for name in group])
+    if strict:
+        _check_patterns(config, [name for group in names.values() for name in group])
     plan = Plan()
     for key, (name, *aliases) in names.items():
         module, parameter = owners[key]
         count = parameter.numel()
         why = kept_in_float(module, name, parameter)
-        if why is None and any(config.skips(each) for each in (name, *aliases)):
+        if why != "" and any(skipped(each) for each in (name, *aliases)):
             plan.skipped[name] = count
         elif why is None:
             transposed = holds_transpose(module)
@@ -136,8 +149,9 @@ def _check_patterns(config: OctavoConfig, names: list[str]) -> None:
     for pattern in config.skip:
         if not any(matches(pattern, name) for name in names):
             raise ValueError(
-                f"skip pattern {pattern!r} matches no parameter. Patterns are compared with whole components of names "
-                f"such as {names[0]!r}; `*` stands for anything"
+                f"skip pattern {pattern!r} matches no parameter. Patterns are compared with whole components of names"
+                + (f" such as {names[0]!r}" if names else "")
+                + "; `*` stands for anything"
             )
 
 
@@ -149,7 +163,8 @@ def kept_in_float(module: nn.Module, name: str, parameter: torch.Tensor) -> str 
     shape = [size for size in parameter.shape if size != 1]
     if len(shape) < 2 or isinstance(module, CONVOLUTIONS):
         return ""
-    if any(matches(pattern, name) for pattern in KEEP_IN_FLOAT):
+    leaf = name.rpartition(".")[2]
+    if any(fnmatch.fnmatchcase(leaf, pattern) for pattern in KEEP_IN_FLOAT):
         return ""
     if len(parameter.shape) > 3:
         return f"a tensor of {len(parameter.shape)} dimensions, not a matrix or a stack of matrices"
@@ -228,4 +243,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
                         parameter.dequantize(dtype).contiguous(), requires_grad=False
                     )
                 setattr(module, leaf, plain[id(parameter)])
+    if isinstance(getattr(model, "quantization_method", None), str) and model.quantization_method == "octavo":
+        # A transformers model that no longer says it is quantized is saved as a plain one.
+        model.hf_quantizer.remove_quantization_config(model)
     return model

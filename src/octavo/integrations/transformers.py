@@ -92,7 +92,10 @@ class OctavoHfQuantizer(HfQuantizer):
         self._read_in_float32: set[str] = set()
 
     def _process_model_before_weight_loading(self, model, dtype=None, **kwargs):
-        self.plan = plan_model(model, self.quantization_config)
+        prefix = getattr(model, "base_model_prefix", "")
+        # Of a stored model the base may be loaded alone: its names lack the prefix, and patterns may name what it lacks.
+        within = prefix if self.pre_quantized and not hasattr(model, prefix) else ""
+        self.plan = plan_model(model, self.quantization_config, within=within, strict=not self.pre_quantized)
         if not self.pre_quantized:
             self.plan.check()
         names = self.plan.names
