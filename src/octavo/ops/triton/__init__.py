@@ -1,0 +1,143 @@
+"""The operations of `octavo.ops` on GPUs.
+
+Importing this registers them for PyTorch's "CUDA" devices; Triton, NVRTC and the kernels are loaded when they
+are first called. One job a file: `choose` picks a kernel for a call, `verify` checks each kernel before its
+first use, `cuda_kernels` (with `cuda/*.cu` and `nvrtc`) and `gemv`, `gemm`, `decode`, `encode` (Triton) are
+the kernels, `panels` is the way through cuBLAS. docs/GPU.md explains them.
+
+`linear`, `embedding` and `dequantize` never wait for the device and launch the same work whatever the data,
+so they can be captured in CUDA graphs; run once before capturing, because the first call compiles and checks.
+`quantize` and `histogram` wait once, to report NaN.
+
+Under TRITON_INTERPRET=1 the functions take CPU tensors and run Triton's kernels in its interpreter.
+
+Example:
+    >>> import torch, octavo.ops as ops
+    >>> ops.linear(x.cuda(), qdata.cuda(), absmax.cuda(), code.cuda(), 64).device   # doctest: +SKIP
+    device(type='cuda', index=0)
+"""
+
+import torch
+
+from .. import reference
+from ..schema import implementation
+from . import choose, panels, verify
+
+__all__ = ["dequantize", "embedding", "histogram", "linear", "linear_transposed", "quantize", "status"]
+
+
+@implementation("linear", "CUDA")
+def linear(x, qdata, absmax, code, block_size, bias=None):
+    """`octavo.ops.linear`: x [..., K] Wᵀ + bias → [..., N] in x's type."""
+    rows, columns = qdata.shape
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if columns == 0:
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    x = x.reshape(-1, columns).contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    qdata, absmax = qdata.contiguous(), absmax.contiguous()
+    kernel = choose.linear_kernel(x.dtype, x.shape[0], qdata, absmax, block_size)
+    kernel(x, qdata, absmax, code, block_size, bias, out.view(-1, rows))
+    return out
+
+
+@implementation("linear_transposed", "CUDA")
+def linear_transposed(x, qdata, absmax, code, block_size):
+    """`octavo.ops.linear_transposed`: x [..., N] W → [..., K] in x's type."""
+    rows, columns = qdata.shape
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if rows == 0:
+        return out.zero_()
+    x = x.reshape(-1, rows).contiguous()
+    qdata, absmax = qdata.contiguous(), absmax.contiguous()
+    panels.linear_transposed(x, qdata, absmax, code, block_size, out.view(-1, columns), choose.decode)
+    return out
+
+
+@implementation("dequantize", "CUDA")
+def dequantize(qdata, absmax, code, block_size, dtype):
+    """`octavo.ops.dequantize`: → [N, K] in `dtype`."""
+    out = torch.empty(qdata.shape, dtype=dtype, device=qdata.device)
+    choose.decode(qdata.contiguous(), absmax.contiguous(), code, block_size, None, 0, out)
+    return out
+
+
+@implementation("embedding", "CUDA")
+def embedding(ids, qdata, absmax, code, block_size, dtype):
+    """`octavo.ops.embedding`: ids [...] → [..., K].
+
+    An id that is no row gives NaN: an error would mean waiting for the device.
+    """
+    out = torch.empty((*ids.shape, qdata.shape[1]), dtype=dtype, device=qdata.device)
+    flat = ids.reshape(-1).contiguous()
+    rows = out.view(-1, qdata.shape[1]) if out.numel() else out
+    choose.decode(qdata.contiguous(), absmax.contiguous(), code, block_size, flat, 0, rows)
+    return out
+
+
+def _encoder(weight, block_size, absmax_dtype):
+    """Triton's quantize and histogram; the reference's where Triton is missing or found to disagree."""
+    if not choose.have_triton() or choose.capability_of(weight.device) < (7, 0):
+        return reference
+    from . import encode
+
+    def check() -> str:
+        return verify.check_encode(
+            encode.quantize, encode.histogram, block_size, weight.dtype, absmax_dtype, weight.device
+        )
+
+    case = (str(weight.dtype), str(absmax_dtype), f"block {block_size}")
+    return encode if verify.trusted("triton_encode", weight.device, case, check) else reference
+
+
+@implementation("quantize", "CUDA")
+def quantize(weight, code, block_size, absmax_dtype):
+    """`octavo.ops.quantize`: float [N, K] → qdata, absmax, byte for byte the reference's."""
+    return _encoder(weight, block_size, absmax_dtype).quantize(weight, code, block_size, absmax_dtype)
+
+
+@implementation("histogram", "CUDA")
+def histogram(weight, block_size, bins, absmax_dtype):
+    """`octavo.ops.histogram`: int64 [bins], exactly the reference's."""
+    return _encoder(weight, block_size, absmax_dtype).histogram(weight, block_size, bins, absmax_dtype)
+
+
+def status(device: int | None = None) -> dict[str, object]:
+    """Which kernels run on a GPU, and why, for `octavo doctor`.
+
+    Compiles and checks the common ones, which takes some seconds.
+
+    Returns:
+        active: the kernel for each range of tokens; reason; kernels: what was checked → (trusted, finding).
+    """
+    if not torch.cuda.is_available():
+        return {"active": "none", "reason": "this torch finds no GPU", "kernels": {}}
+    where = torch.device("cuda", torch.cuda.current_device() if device is None else device)
+    dtype = torch.bfloat16 if choose.capability_of(where) >= (8, 0) else torch.float16
+    qdata, absmax, code = verify.sample(1024, 64, torch.float16, where)
+    ranges: list[tuple[str, int, int]] = []
+    for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 129):
+        kernel = choose.linear_kernel(dtype, tokens, qdata, absmax, 64)
+        name = next(name for name, run in choose.LINEAR.items() if run is kernel)
+        if ranges and ranges[-1][0] == name:
+            ranges[-1] = (name, ranges[-1][1], tokens)
+        else:
+            ranges.append((name, ranges[-1][2] + 1 if ranges else 1, tokens))
+    dequantize(qdata, absmax, code, 64, dtype)
+    listed = [f"{name} for {first} to {last} tokens" for name, first, last in ranges[:-1]]
+    listed.append(f"{ranges[-1][0]} from {ranges[-1][1]} on")
+    found = verify.verdicts()
+    failed = sum(not good for good, _ in found.values())
+    properties = torch.cuda.get_device_properties(where)
+    reason = (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}: "
+        f"{len(found) - failed} kernels agree with the reference"
+    )
+    if failed:
+        reason += f", {failed} do not and are not used"
+    return {"active": ", ".join(listed), "reason": reason, "kernels": found}

@@ -1,0 +1,229 @@
+"""Which kernel a call gets.
+
+| tokens | float16, bfloat16 | float32 | odd rows or blocks |
+| --- | --- | --- | --- |
+| 1 to 8 | cuda_mma (sm_80 and later), else cuda_simt | cuda_simt | triton_gemv, triton_gemm |
+| 9 to 32 | cuda_mma, else panels | panels | triton_gemm (sm_80 and later) |
+| 33 to 128 | triton_gemm (sm_80 and later), else panels | panels | the same |
+| more | panels | panels | panels |
+
+The crossing points are constants below, none of them measured yet. OCTAVO_GPU_LINEAR=cuda_mma (or another
+name of `LINEAR`) puts one kernel first wherever it can run. Whatever is chosen has passed `verify`.
+
+Example:
+    >>> from octavo.ops.triton import choose
+    >>> choose.candidates(torch.bfloat16, 1, (9, 0))[0]   # doctest: +SKIP
+    'cuda_mma'
+"""
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from .. import reference
+from . import cuda_kernels, panels, verify
+
+VARIABLE = "OCTAVO_GPU_LINEAR"
+# Not yet measured on any GPU: the most tokens for which each kernel is tried before the next.
+MMA_TOKENS = 32
+SIMT_TOKENS = 8
+GEMM_TOKENS = 128
+
+
+def have_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, and so on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(index)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device; of the CPU, where Triton's interpreter runs, the newest."""
+    return capability(device.index) if device.type == "cuda" else (9, 0)
+
+
+def triton_gemv(*arguments) -> None:
+    from . import gemv
+
+    gemv.gemv(*arguments)
+
+
+def triton_gemm(*arguments) -> None:
+    from . import gemm
+
+    gemm.gemm(*arguments)
+
+
+def panel_product(x, qdata, absmax, code, block_size, bias, out) -> None:
+    panels.linear(x, qdata, absmax, code, block_size, bias, out, decode)
+
+
+# name → run(x [M, K], qdata, absmax, code, block_size, bias of x's type or None, out [M, N])
+LINEAR: dict[str, Callable[..., None]] = {
+    "cuda_mma": cuda_kernels.linear_mma,
+    "cuda_simt": cuda_kernels.linear_simt,
+    "triton_gemv": triton_gemv,
+    "triton_gemm": triton_gemm,
+    "panels": panel_product,
+}
+
+
+def refusal(name: str, dtype, tokens: int, qdata, absmax, block_size) -> str | None:
+    """Why a kernel cannot run a call, or None if it can."""
+    device = qdata.device
+    if name.startswith("cuda"):
+        if device.type != "cuda" or torch.version.hip:
+            return "CUDA kernels need an NVIDIA GPU"
+        if name == "cuda_mma" and (dtype == torch.float32 or capability(device.index) < (8, 0)):
+            return "tensor cores take float16 and bfloat16, from compute capability 8.0 on"
+        most = cuda_kernels.MMA_TOKENS if name == "cuda_mma" else cuda_kernels.SIMT_TOKENS
+        if tokens > most:
+            return f"{tokens} tokens are more than {most}"
+        return cuda_kernels.refusal(qdata, absmax, block_size)
+    if name == "panels":
+        return None
+    if not have_triton():
+        return "Triton is not installed"
+    if device.type == "cuda" and capability(device.index) < (7, 0):
+        return "Triton needs compute capability 7.0"
+    if device.type != "cuda" and not interpreted():
+        return "CPU tensors need TRITON_INTERPRET=1"
+    if name == "triton_gemv" and tokens > 1:
+        return "triton_gemv takes one token"
+    return None
+
+
+def candidates(dtype: torch.dtype, tokens: int, device_capability: tuple[int, int]) -> list[str]:
+    """Names of the kernels to try, best first; the last, "panels", takes everything."""
+    names = []
+    if tokens <= MMA_TOKENS:
+        names.append("cuda_mma")
+    if tokens <= SIMT_TOKENS:
+        names.append("cuda_simt")
+    if tokens == 1:
+        names.append("triton_gemv")
+    # Triton multiplies float32, and anything before sm_80, without tensor cores: then cuBLAS is better.
+    if tokens <= GEMM_TOKENS and dtype != torch.float32 and device_capability >= (8, 0):
+        names.append("triton_gemm")
+    names.append("panels")
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        if forced not in LINEAR:
+            raise ValueError(f"{VARIABLE}={forced}: expected one of {', '.join(LINEAR)}")
+        names.insert(0, forced)
+    return names
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+_chosen: dict[tuple, Callable[..., None]] = {}
+
+
+def linear_kernel(dtype: torch.dtype, tokens: int, qdata, absmax, block_size) -> Callable[..., None]:
+    """The function that computes `linear` for this many tokens of a type with this matrix."""
+    key = (
+        qdata.device,
+        dtype,
+        absmax.dtype,
+        min(tokens, GEMM_TOKENS + 1),
+        block_size,
+        qdata.shape[1] % 16,
+        qdata.data_ptr() % 16,
+        qdata.is_contiguous() and absmax.is_contiguous(),
+        os.environ.get(VARIABLE),
+    )
+    kernel = _chosen.get(key)
+    if kernel is None:
+        kernel = _find(dtype, tokens, qdata, absmax, block_size)
+        # A choice made under capture is an emergency and is not remembered.
+        if qdata.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _chosen[key] = kernel
+    return kernel
+
+
+def _find(dtype, tokens, qdata, absmax, block_size) -> Callable[..., None]:
+    device = qdata.device
+    for name in candidates(dtype, tokens, capability_of(device)):
+        why_not = refusal(name, dtype, tokens, qdata, absmax, block_size)
+        if why_not:
+            if os.environ.get(VARIABLE) == name:
+                _warn_once(f"octavo: {VARIABLE}={name} cannot run here: {why_not}")
+            continue
+        if name == "panels" or _is_trusted(name, dtype, tokens, qdata, absmax, block_size):
+            return LINEAR[name]
+    raise AssertionError("panels take every call")
+
+
+def _is_trusted(name, dtype, tokens, qdata, absmax, block_size) -> bool:
+    """Check a fused kernel in the instance that this call would run."""
+    # The number of tokens that an instance is compiled for; a kernel's own tokens are padded up to it.
+    padded = next((t for t in (1, 2, 4, 8, 16, 32, 64, 128) if t >= tokens), 128)
+    if name == "cuda_mma":
+        padded = max(padded, 8)
+    # An odd number of rows and a partial last step; as divisible as the matrix at hand.
+    columns = 1040 if qdata.shape[1] % 16 == 0 else 1037
+
+    def check() -> str:
+        return verify.check_linear(
+            LINEAR[name], padded, columns, block_size, dtype, absmax.dtype, qdata.device
+        )
+
+    case = (str(dtype), str(absmax.dtype), f"{padded} tokens", f"block {block_size}", f"columns {columns}")
+    return verify.trusted(name, qdata.device, case, check)
+
+
+def decode(qdata, absmax, code, block_size, ids, first_column, out) -> None:
+    """Rows of the matrix in floating point into `out`, by the best kernel that can (see `decode.py`)."""
+    if out.numel() == 0:
+        return
+    device = qdata.device
+    sizes_fit = out.shape[1] % 16 == 0 and first_column % 16 == 0 and out.data_ptr() % 16 == 0
+    on_cuda = device.type == "cuda" and not torch.version.hip
+    case = (str(out.dtype), str(absmax.dtype), f"block {block_size}")
+    if on_cuda and sizes_fit and cuda_kernels.refusal(qdata, absmax, block_size) is None:
+
+        def check_cuda() -> str:
+            run = cuda_kernels.decode_rows
+            return verify.check_decode(run, 1040, block_size, out.dtype, absmax.dtype, device)
+
+        if verify.trusted("cuda_decode", device, case, check_cuda):
+            cuda_kernels.decode_rows(qdata, absmax, code, block_size, ids, first_column, out)
+            return
+    if have_triton() and (
+        (on_cuda and capability(device.index) >= (7, 0)) or torch.version.hip or interpreted()
+    ):
+        from . import decode as triton_decode
+
+        columns = 1040 if qdata.shape[1] % 16 == 0 else 1037
+
+        def check_triton() -> str:
+            run = triton_decode.decode
+            return verify.check_decode(run, columns, block_size, out.dtype, absmax.dtype, device)
+
+        if verify.trusted("triton_decode", device, (*case, f"columns {columns}"), check_triton):
+            triton_decode.decode(qdata, absmax, code, block_size, ids, first_column, out)
+            return
+    if device.type != "cuda":
+        raise ValueError(
+            "octavo.ops.triton: CPU tensors need TRITON_INTERPRET=1, set before Triton is imported"
+        )
+    if ids is not None:
+        qdata, absmax = qdata.index_select(0, ids), absmax.index_select(0, ids)
+    dense = reference.dequantize(qdata, absmax, code, block_size, out.dtype)
+    out.copy_(dense[:, first_column : first_column + out.shape[1]])

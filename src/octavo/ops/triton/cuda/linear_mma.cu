@@ -1,0 +1,118 @@
+// Linear, 1 to 32 tokens, on tensor cores (sm_80 and later; float16 and bfloat16).
+//
+// A block computes 16 * M_TILES rows for 8 * N_TILES tokens with mma.m16n8k16, its 8 warps sharing out the columns:
+// warp w takes 64 columns of every 512. A product does not care in which order it sums, so the columns are dealt to
+// the instruction's k as the loads like them: lane (g, t) (g = lane / 4, t = lane % 4) loads the 16 bytes of
+// columns 16 t ... 16 t + 15 of rows g and g + 8, and of x for token g, and feeds 4 of these columns to each of 4
+// instructions. So a weight takes a look-up, a product with its scale and half a packing, for 1 token as for 8, and is
+// rounded exactly as the reference rounds it. At the end of a tile, the warps' sums are added in the warps' order.
+
+#ifndef OCTAVO_HOST
+__device__ __forceinline__ void mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32."
+#if X_TYPE == 1
+        "f16.f16"
+#else
+        "bf16.bf16"
+#endif
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+#endif
+
+__device__ __forceinline__ void decode_4(u32 q, float scale, table_ref mine, u32& first, u32& second) {
+    float w[4];
+    look_up(q, mine, w);
+    first = pack(multiply(w[0], scale), multiply(w[1], scale));
+    second = pack(multiply(w[2], scale), multiply(w[3], scale));
+}
+
+#define FRAGMENTS (M_TILES * N_TILES)
+#define LINES (2 * M_TILES)
+#define WIDTH (64 * WARPS)
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_mma(const scalar* __restrict__ x, const u8* __restrict__ qdata, const scale_type* __restrict__ absmax,
+           const float* __restrict__ code, const scalar* __restrict__ bias, scalar* __restrict__ out,
+           int tokens, int rows, int columns, int block_log2, int blocks) {
+    DECLARE_TABLE;
+    __shared__ float sums[WARPS][FRAGMENTS][4][32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int g = lane / 4, t = lane % 4;
+    const int tiles = (rows + 16 * M_TILES - 1) / (16 * M_TILES);
+    const int end = (columns + WIDTH * DEPTH - 1) / (WIDTH * DEPTH) * (WIDTH * DEPTH);
+    const int first_column = warp * 64 + t * 16;
+    int tile = blockIdx.x;
+    Stream<LINES> stream = {qdata, absmax, rows, columns, block_log2, blocks, tile, (int)gridDim.x, tiles,
+                            first_column, end, first_column, WIDTH, 16 * M_TILES, g, 8};
+    Step<LINES> held[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) stream.load(held[d]);
+    const table_ref mine = fill_table(table, code);
+
+    for (; tile < tiles; tile += gridDim.x) {
+        float sum[FRAGMENTS][4];
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[f][e] = 0.0f;
+        for (int c = first_column; c < end;) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++, c += WIDTH) {
+                uint4 xs[N_TILES][2];
+#pragma unroll
+                for (int n = 0; n < N_TILES; n++) {
+                    int token = n * 8 + g;
+                    xs[n][0] = xs[n][1] = make_uint4(0, 0, 0, 0);
+                    if (token < tokens && c < columns) {
+                        const uint4* p = (const uint4*)(x + (i64)token * columns + c);
+                        xs[n][0] = p[0];
+                        xs[n][1] = p[1];
+                    }
+                }
+#pragma unroll
+                for (int m = 0; m < M_TILES; m++) {
+                    float upper = scale_value(held[d].scale[2 * m]), lower = scale_value(held[d].scale[2 * m + 1]);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        u32 a0, a1, a2, a3;
+                        decode_4(word(held[d].q[2 * m], j), upper, mine, a0, a2);
+                        decode_4(word(held[d].q[2 * m + 1], j), lower, mine, a1, a3);
+#pragma unroll
+                        for (int n = 0; n < N_TILES; n++) {
+                            const uint4& v = xs[n][j / 2];
+                            mma(sum[m * N_TILES + n], a0, a1, a2, a3, j % 2 ? v.z : v.x, j % 2 ? v.w : v.y);
+                        }
+                    }
+                }
+                stream.load(held[d]);
+            }
+        }
+
+        // Add the warps' sums, always in the same order.
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sums[warp][f][e][lane] = sum[f][e];
+        __syncthreads();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < FRAGMENTS * 128; i += THREADS) {
+            // Neighbouring threads take neighbouring rows of one token: their stores join.
+            int f = i / 128, token = (i % 128) / 16, r = i % 16;
+            int owner = (r % 8) * 4 + token / 2, e = (r / 8) * 2 + token % 2;
+            float total = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) total += sums[w][f][e][owner];
+            int n = (tile * M_TILES + f / N_TILES) * 16 + r;
+            token += (f % N_TILES) * 8;
+            if (n < rows && token < tokens) {
+                if (bias) total += widen(bias[n]);
+                out[(i64)token * rows + n] = narrow(total);
+            }
+        }
+        __syncthreads();
+    }
+}

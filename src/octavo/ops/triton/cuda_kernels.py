@@ -1,0 +1,141 @@
+"""The CUDA kernels of `cuda/`: which matrices they take, which instance a call needs, and its launch.
+
+Functions here take contiguous tensors on one CUDA device and fill `out`; `refusal` says what they cannot.
+
+Example:
+    >>> from octavo.ops.triton import cuda_kernels  # doctest: +SKIP
+    >>> cuda_kernels.linear_mma(x, qdata, absmax, code, 64, None, out)  # doctest: +SKIP
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+
+from . import nvrtc
+
+THREADS = 256
+WARPS = THREADS // 32
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SOURCES = Path(__file__).parent / "cuda"
+
+# Not yet measured on any GPU: chosen by counting registers and bytes in flight (docs/GPU.md).
+SIMT_ROWS = {1: 4, 2: 4, 4: 2, 8: 2}
+SIMT_DEPTH = 2
+MMA_M_TILES = 1
+MMA_DEPTH = 2
+DECODE_DEPTH = 4
+# The most tokens an instance exists for: 4 tiles of 8 fill the 48 KB of shared memory a block has without
+# asking.
+SIMT_TOKENS = 8
+MMA_TOKENS = 32
+
+
+@functools.cache
+def source(name: str) -> str:
+    """The CUDA source of one kernel, in one piece."""
+    return "".join((SOURCES / f"{part}.cu").read_text() for part in ("common", "stream", name))
+
+
+@functools.cache
+def instance(name: str, device: int, parameters: tuple[tuple[str, int], ...]) -> nvrtc.Kernel:
+    """The kernel compiled for one set of parameters and loaded on one device, once a process."""
+    return nvrtc.load(source(name), name, tuple(f"-D{key}={value}" for key, value in parameters), device)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def refusal(qdata: torch.Tensor, absmax: torch.Tensor, block_size: int) -> str | None:
+    """Why the CUDA kernels cannot read this matrix, or None if they can."""
+    if qdata.shape[1] % 16:
+        return f"rows of {qdata.shape[1]} are not a multiple of 16"
+    if block_size < 16 or block_size & (block_size - 1):
+        return f"blocks of {block_size} are not a power of two of at least 16"
+    if qdata.data_ptr() % 16:
+        return "qdata does not start at a multiple of 16 bytes"
+    if not (qdata.is_contiguous() and absmax.is_contiguous()):
+        return "qdata or absmax is not contiguous"
+    if qdata.numel() == 0:
+        return "the matrix is empty"
+    return None
+
+
+def _launch(name, tiles, grid, device, parameters, *arguments) -> None:
+    kernel = instance(name, device, parameters)
+    # No more blocks than run at once: each fills a table of 32 KB first, and then works through its share of
+    # tiles.
+    grid = grid or max(1, min(tiles, kernel.resident_blocks * _multiprocessors(device)))
+    kernel.launch(grid, THREADS, *arguments)
+
+
+def _types(dtype, absmax) -> tuple[tuple[str, int], ...]:
+    return (("X_TYPE", TYPES[dtype]), ("SCALE", int(absmax.dtype == torch.float16)))
+
+
+def _linear(name, tiles, grid, parameters, x, qdata, absmax, code, block_size, bias, out) -> None:
+    if x.data_ptr() % 16:
+        x = x.clone()
+    rows, columns = qdata.shape
+    shape = (x.shape[0], rows, columns, block_size.bit_length() - 1, absmax.shape[1])
+    parameters = _types(x.dtype, absmax) + parameters
+    _launch(name, tiles, grid, x.device.index, parameters, x, qdata, absmax, code, bias, out, *shape)
+
+
+def linear_simt(
+    x, qdata, absmax, code, block_size, bias, out, *, rows_a_warp=None, depth=SIMT_DEPTH, grid=None, extra=()
+) -> None:
+    """x [tokens, K] Wᵀ + bias into out [tokens, N], for 1 to 8 tokens of any type, by ordinary multiply-adds.
+
+    Args:
+        bias: [N] of x's type, or None.
+        rows_a_warp, depth, grid: tuning; by default the constants above and as many blocks as run at once.
+        extra: further compile-time parameters, (("COPIES", 8),) for instance.
+    """
+    tokens = next(t for t in SIMT_ROWS if t >= x.shape[0])
+    rows = rows_a_warp or SIMT_ROWS[tokens]
+    tiles = -(-qdata.shape[0] // (rows * WARPS))
+    parameters = (("TOKENS", tokens), ("ROWS", rows), ("DEPTH", depth), *extra)
+    _linear("linear_simt", tiles, grid, parameters, x, qdata, absmax, code, block_size, bias, out)
+
+
+def linear_mma(
+    x,
+    qdata,
+    absmax,
+    code,
+    block_size,
+    bias,
+    out,
+    *,
+    m_tiles=MMA_M_TILES,
+    depth=MMA_DEPTH,
+    grid=None,
+    extra=(),
+) -> None:
+    """The same for 1 to 32 tokens of float16 or bfloat16, on tensor cores (compute capability 8.0 on)."""
+    n_tiles = next(n for n in (1, 2, 4) if 8 * n >= x.shape[0])
+    tiles = -(-qdata.shape[0] // (16 * m_tiles))
+    parameters = (("M_TILES", m_tiles), ("N_TILES", n_tiles), ("DEPTH", depth), *extra)
+    _linear("linear_mma", tiles, grid, parameters, x, qdata, absmax, code, block_size, bias, out)
+
+
+def decode_rows(
+    qdata, absmax, code, block_size, ids, first_column, out, *, depth=DECODE_DEPTH, grid=None, extra=()
+) -> None:
+    """Rows of the matrix in floating point into out [count, width], from `first_column` on.
+
+    Args:
+        ids: int32 or int64 [count], the rows wanted, or None for all. A row that does not exist becomes NaN.
+        first_column: a multiple of 16; so is out's width.
+        out: contiguous, of the type wanted.
+    """
+    rows, columns = qdata.shape
+    count, width = out.shape
+    parameters = (*_types(out.dtype, absmax), ("DEPTH", depth), *extra)
+    arguments = (qdata, absmax, code, ids, out, int(ids is not None and ids.dtype == torch.int64))
+    shape = (count, rows, columns, first_column, width, block_size.bit_length() - 1, absmax.shape[1])
+    tiles = -(-count // WARPS)
+    _launch("decode_rows", tiles, grid, out.device.index, parameters, *arguments, *shape)

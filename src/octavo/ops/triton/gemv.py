@@ -1,0 +1,100 @@
+"""One token times a quantized matrix, in Triton: where the CUDA kernels do not fit or NVRTC is missing.
+
+A program computes BLOCK_N rows; it walks along them BLOCK_K columns at a time, keeping a partial sum for
+every element of the tile, and adds these up at the end. Any N, any K, any block size; float32 accumulation.
+
+Example:
+    >>> gemv(x, qdata, absmax, code, 64, None, out)   # x [1, K], out [1, N]  # doctest: +SKIP
+"""
+
+import triton
+import triton.language as tl
+
+from .tables import decode_tile, load_table
+
+# Not yet measured on any GPU.
+BLOCK_N = 8
+BLOCK_K = 512
+GATHER = False
+NUM_WARPS = 4
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr,
+    qdata_ptr,
+    absmax_ptr,
+    code_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    columns,
+    blocks,
+    BLOCK_SIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid_n = n < rows
+    table = load_table(code_ptr, GATHER)
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for start in range(0, columns, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        weight = decode_tile(
+            qdata_ptr,
+            absmax_ptr,
+            code_ptr,
+            table,
+            n,
+            start,
+            rows,
+            columns,
+            blocks,
+            BLOCK_SIZE,
+            GATHER,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        total += weight * tl.load(x_ptr + k, mask=k < columns, other=0.0).to(tl.float32)[None, :]
+    result = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + n, mask=valid_n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty), mask=valid_n)
+
+
+def gemv(
+    x,
+    qdata,
+    absmax,
+    code,
+    block_size,
+    bias,
+    out,
+    *,
+    gather=GATHER,
+    block_n=BLOCK_N,
+    block_k=BLOCK_K,
+    num_warps=NUM_WARPS,
+) -> None:
+    """x [1, K] Wᵀ + bias into out [1, N]; all contiguous."""
+    rows, columns = qdata.shape
+    gemv_kernel[(triton.cdiv(rows, block_n),)](
+        x,
+        qdata,
+        absmax,
+        code,
+        # A pointer is wanted even where there is no bias; it is not read then.
+        x if bias is None else bias,
+        out,
+        rows,
+        columns,
+        absmax.shape[1],
+        BLOCK_SIZE=block_size,
+        HAS_BIAS=bias is not None,
+        GATHER=gather,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=num_warps,
+    )

@@ -1,0 +1,167 @@
+"""Compiles CUDA source at run time and launches it: NVRTC and the CUDA driver, called through ctypes.
+
+PyTorch's CUDA wheels bring NVRTC along, so no compiler and no header is needed. Launches go onto PyTorch's
+current stream, which is what makes them part of a CUDA graph that is being captured.
+
+Example:
+    >>> from octavo.ops.triton import nvrtc  # doctest: +SKIP
+    >>> kernel = nvrtc.load(source, "linear_simt", ("-DX_TYPE=1", ...), device=0)  # doctest: +SKIP
+    >>> kernel.launch(132, 256, x, qdata, absmax, code, None, out, 1, 4096, 4096, 6, 64)  # doctest: +SKIP
+"""
+
+import ctypes
+import functools
+import glob
+import os
+import sys
+
+import torch
+
+
+class CompilationFailed(RuntimeError):
+    """NVRTC or the driver is missing, or refused the source; the message says which, and the log."""
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """NVRTC: the one PyTorch has loaded or brought along, else the CUDA toolkit's."""
+    major = (torch.version.cuda or "13").split(".")[0]
+    names = [f"libnvrtc.so.{major}"]
+    for folder in sys.path:
+        names += sorted(glob.glob(os.path.join(folder, "nvidia", "*", "lib", f"libnvrtc.so.{major}*")))
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home:
+            names.append(os.path.join(home, "lib64", f"libnvrtc.so.{major}"))
+    if sys.platform == "win32":
+        names = [f"nvrtc64_{major}0_0.dll"]
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CompilationFailed(f"NVRTC not found; looked for {', '.join(names)}")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as missing:
+        raise CompilationFailed(f"the CUDA driver's library was not found: {missing}") from missing
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(result, ctypes.byref(text))
+        reason = text.value.decode() if text.value else "unknown error"
+        raise CompilationFailed(f"{what} failed with CUDA error {result}: {reason}")
+
+
+@functools.cache
+def compile_source(source: str, architecture: int, defines: tuple[str, ...]) -> bytes:
+    """Machine code of a CUDA source for one architecture.
+
+    Args:
+        source: CUDA C++ without includes.
+        architecture: compute capability as major * 10 + minor, 90 for an H100.
+        defines: options such as "-DX_TYPE=1".
+
+    Raises:
+        CompilationFailed: with NVRTC's log.
+    """
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    result = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), b"octavo_kernels.cu", 0, None, None
+    )
+    if result != 0:
+        raise CompilationFailed(f"NVRTC could not take the source: error {result}")
+    try:
+        options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *defines]
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        result = nvrtc.nvrtcCompileProgram(program, len(options), array)
+        if result != 0:
+            size = ctypes.c_size_t()
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(max(size.value, 1))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise CompilationFailed(
+                f"NVRTC refused {' '.join(options)} (error {result}):\n{log.value.decode()}"
+            )
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+class Kernel:
+    """One compiled kernel, loaded on one device.
+
+    Args:
+        binary: machine code from `compile_source`.
+        name: the kernel's name in the source (declared extern "C").
+        device: index of the CUDA device.
+    """
+
+    def __init__(self, binary: bytes, name: str, device: int):
+        self.name = name
+        self.device = device
+        driver = _driver()
+        with torch.cuda.device(device):
+            # Makes PyTorch's context the current one of this thread: modules belong to a context.
+            torch.cuda.current_stream().synchronize()
+            self._module = ctypes.c_void_p()
+            self._binary = binary
+            _check(driver.cuModuleLoadData(ctypes.byref(self._module), binary), f"loading {name}")
+            self._function = ctypes.c_void_p()
+            _check(
+                driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()),
+                f"finding {name}",
+            )
+            blocks = ctypes.c_int()
+            _check(
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    ctypes.byref(blocks), self._function, 256, ctypes.c_size_t(0)
+                ),
+                f"occupancy of {name}",
+            )
+        #: Blocks of 256 threads that fit a multiprocessor at once.
+        self.resident_blocks = max(1, blocks.value)
+
+    def launch(self, grid: int, threads: int, *arguments) -> None:
+        """Queue the kernel on the current stream of its device.
+
+        Args:
+            grid: number of blocks.
+            threads: threads a block.
+            arguments: tensors (passed as pointers), None (a null pointer) and ints (passed as C ints), in the
+                kernel's order.
+        """
+        held = [
+            ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(0 if a is None else a.data_ptr())
+            for a in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(h) for h in held))
+        if torch.cuda.current_device() != self.device:
+            with torch.cuda.device(self.device):
+                self._queue(grid, threads, pointers)
+        else:
+            self._queue(grid, threads, pointers)
+
+    def _queue(self, grid, threads, pointers) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        result = _driver().cuLaunchKernel(
+            self._function, grid, 1, 1, threads, 1, 1, 0, stream, pointers, None
+        )
+        if result != 0:
+            _check(result, f"launching {self.name}")
+
+
+def load(source: str, name: str, defines: tuple[str, ...], device: int) -> Kernel:
+    """Compile a kernel for a device and load it there."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return Kernel(compile_source(source, major * 10 + minor, defines), name, device)

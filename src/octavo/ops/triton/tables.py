@@ -1,0 +1,79 @@
+"""De-quantizing a tile in Triton: code[q] * absmax for BLOCK_N rows and BLOCK_K columns.
+
+Triton places tables itself, so `cuda/common.cu`'s copy a bank cannot be said here. Two ways can:
+
+    GATHER = False   a load from global memory; the 1 KB table stays in the L1 cache
+    GATHER = True    `tl.gather` from a tile of 256 entries, which Triton keeps in shared memory, one copy
+
+Example:
+    >>> table = load_table(code_ptr, GATHER)                       # inside a kernel  # doctest: +SKIP
+    >>> weight = decode_tile(qdata_ptr, ..., table, n, start, ...)  # doctest: +SKIP
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_table(code_ptr, GATHER: tl.constexpr):
+    """The table as a tile, for GATHER; one entry otherwise, so that both ways are called alike."""
+    if GATHER:
+        table = tl.load(code_ptr + tl.arange(0, 256))
+    else:
+        table = tl.load(code_ptr + tl.arange(0, 1))
+    return table
+
+
+@triton.jit
+def look_up(q, table, code_ptr, GATHER: tl.constexpr):
+    """code[q]: uint8 of any shape → float32 of that shape."""
+    index = q.to(tl.int32)
+    if GATHER:
+        values = tl.reshape(tl.gather(table, tl.ravel(index), 0), index.shape)
+    else:
+        values = tl.load(code_ptr + index)
+    return values
+
+
+@triton.jit
+def decode_tile(
+    qdata_ptr,
+    absmax_ptr,
+    code_ptr,
+    table,
+    n,
+    start,
+    rows,
+    columns,
+    blocks,
+    BLOCK_SIZE: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Weights of rows n [BLOCK_N] and columns start ... start + BLOCK_K - 1: float32, 0 outside the matrix.
+
+    `start` is a multiple of BLOCK_K. Where tile and block divide each other, each scale is loaded once a row,
+    not once a weight.
+    """
+    k = start + tl.arange(0, BLOCK_K)
+    row = n.to(tl.int64)[:, None]
+    inside = (n < rows)[:, None]
+    valid = inside & (k < columns)[None, :]
+    q = tl.load(qdata_ptr + row * columns + k[None, :], mask=valid, other=0)
+    values = look_up(q, table, code_ptr, GATHER)
+    if BLOCK_SIZE % BLOCK_K == 0:
+        at = absmax_ptr + row * blocks + start // BLOCK_SIZE
+        weight = values * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    elif BLOCK_K % BLOCK_SIZE == 0:
+        run: tl.constexpr = BLOCK_K // BLOCK_SIZE
+        block = start // BLOCK_SIZE + tl.arange(0, run)
+        at = absmax_ptr + row * blocks + block[None, :]
+        scale = tl.load(at, mask=inside & (block < blocks)[None, :], other=0.0).to(tl.float32)
+        weight = tl.reshape(values, [BLOCK_N, run, BLOCK_SIZE]) * scale[:, :, None]
+        weight = tl.reshape(weight, [BLOCK_N, BLOCK_K])
+    else:
+        at = absmax_ptr + row * blocks + (k // BLOCK_SIZE)[None, :]
+        weight = values * tl.load(at, mask=valid, other=0.0).to(tl.float32)
+    # Beyond the last column the index read as 0 stands for code[0]; the products there must be 0.
+    return tl.where(valid, weight, 0.0)

@@ -1,0 +1,233 @@
+"""The CUDA source, on the CPU: its kernels run thread by thread under tests/gpu/cuda_on_host.h, and it
+compiles for GPUs.
+
+What a GPU alone can show (speed, races inside a warp) is left to tests/gpu.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo import codebook
+from octavo.ops import reference
+from octavo.ops.triton import cuda_kernels
+
+HERE = Path(__file__).parent
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+PRODUCT = "((const scalar*)p[0], (const u8*)p[1], (const scale_type*)p[2], (const float*)p[3],"
+PRODUCT += " (const scalar*)p[4], (scalar*)p[5], n[0], n[1], n[2], n[3], n[4])"
+DECODE = "((const u8*)p[0], (const scale_type*)p[1], (const float*)p[2], p[3], (scalar*)p[4],"
+DECODE += " n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7])"
+CALLS = {"linear_simt": PRODUCT, "linear_mma": PRODUCT, "decode_rows": DECODE}
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Compile one variant of a kernel for the CPU and return its launcher: run(grid, tensors, integers)."""
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+
+    def make(kernel, **parameters):
+        name = "_".join([kernel, *(f"{k}{v}" for k, v in parameters.items())])
+        library = folder / f"{name}.so"
+        if not library.exists():
+            main = folder / f"{name}.cpp"
+            main.write_text(
+                f'#include "{HERE}/gpu/cuda_on_host.h"\n{cuda_kernels.source(kernel)}\n'
+                'extern "C" void run(int grid, void** p, int* n) {\n'
+                f"    launch(grid, [&] {{ {kernel}{CALLS[kernel]}; }});\n}}\n"
+            )
+            flags = [f"-D{k}={v}" for k, v in parameters.items()]
+            subprocess.run(
+                ["g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", *flags]
+                + [str(main), "-o", str(library)],
+                check=True,
+            )
+        function = ctypes.CDLL(str(library)).run
+
+        def run(grid, tensors, integers):
+            pointers = (ctypes.c_void_p * len(tensors))(*(0 if t is None else t.data_ptr() for t in tensors))
+            function(grid, pointers, (ctypes.c_int * len(integers))(*integers))
+
+        return run
+
+    return make
+
+
+def packed(rows, columns, block, scales):
+    weight = torch.randn(rows, columns)
+    return reference.quantize(weight, codebook.dynamic(), block, scales)
+
+
+def aligned(tensor):
+    """A copy at a 16-byte aligned address, as the device's allocator gives it."""
+    spare = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
+    start = next(i for i in range(16) if spare[i:].data_ptr() % 16 == 0)
+    return spare[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def check_linear(run, grid, dtype, tokens, rows, columns, block, scales, bias):
+    code = codebook.dynamic()
+    qdata, absmax = packed(rows, columns, block, scales)
+    x = torch.randn(tokens, columns).to(dtype)
+    bias = torch.randn(rows).to(dtype) if bias else None
+    out = torch.full((tokens, rows), float("nan"), dtype=dtype)
+    x, qdata = aligned(x), aligned(qdata)
+    run(
+        grid,
+        [x, qdata, absmax, code, bias, out],
+        [tokens, rows, columns, block.bit_length() - 1, absmax.shape[1]],
+    )
+    weight = reference.dequantize(qdata, absmax, code, block, torch.float32).double()
+    exact = torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+    naive = torch.nn.functional.linear(x, weight.to(dtype), bias)
+    limit = 1e-5 if dtype == torch.float32 else 1.05 * error(naive, exact) + 1e-6
+    assert error(out, exact) <= limit
+
+
+def error(found, exact):
+    assert torch.isfinite(found).all()
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "dtype, scales, tokens, rows, columns, block, grid, bias",
+    [
+        (
+            torch.float32,
+            torch.float32,
+            1,
+            45,
+            1040,
+            64,
+            1,
+            True,
+        ),  # a partial tile, a partial step, several tiles a warp
+        (torch.float16, torch.float16, 1, 37, 512, 32, 3, False),
+        (torch.bfloat16, torch.float16, 1, 64, 2064, 4096, 2, True),  # one block a row, longer than the row
+    ],
+)
+def test_simt_one_token(build, dtype, scales, tokens, rows, columns, block, grid, bias):
+    run = build(
+        "linear_simt", X_TYPE=TYPES[dtype], SCALE=int(scales == torch.float16), TOKENS=1, ROWS=4, DEPTH=2
+    )
+    check_linear(run, grid, dtype, tokens, rows, columns, block, scales, bias)
+
+
+@needs_gxx
+def test_simt_several_tokens(build):
+    run = build("linear_simt", X_TYPE=1, SCALE=1, TOKENS=4, ROWS=2, DEPTH=1)
+    for tokens in (3, 4):
+        check_linear(run, 2, torch.float16, tokens, 35, 528, 64, torch.float16, True)
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "dtype, scales, tokens, rows, columns, block, m, n, grid, bias",
+    [
+        (torch.bfloat16, torch.float16, 1, 50, 1040, 64, 1, 1, 2, True),  # 16 columns in the last chunk
+        (
+            torch.bfloat16,
+            torch.float16,
+            7,
+            16,
+            256,
+            32,
+            1,
+            1,
+            1,
+            False,
+        ),  # fewer columns than a step
+        (torch.float16, torch.float32, 8, 90, 2560, 128, 2, 1, 2, True),
+        (torch.float16, torch.float16, 13, 40, 1024, 64, 1, 2, 1, False),
+        (torch.bfloat16, torch.float32, 32, 33, 1536, 4096, 1, 4, 5, True),  # more blocks than tiles
+    ],
+)
+def test_mma(build, dtype, scales, tokens, rows, columns, block, m, n, grid, bias):
+    run = build(
+        "linear_mma",
+        X_TYPE=TYPES[dtype],
+        SCALE=int(scales == torch.float16),
+        M_TILES=m,
+        N_TILES=n,
+        DEPTH=2,
+    )
+    check_linear(run, grid, dtype, tokens, rows, columns, block, scales, bias)
+
+
+@needs_gxx
+@pytest.mark.parametrize("copies", [1, 8, 32])
+def test_mma_is_the_same_with_any_number_of_copies_and_blocks(build, copies):
+    """The layout of the table and the size of the launch change no bit of the result."""
+    torch.manual_seed(5)
+    qdata, absmax = packed(48, 512, 64, torch.float16)
+    x, qdata, code = aligned(torch.randn(2, 512).to(torch.bfloat16)), aligned(qdata), codebook.dynamic()
+    results = []
+    for c, grid in ((32, 1), (copies, 2)):
+        out = torch.empty(2, 48, dtype=torch.bfloat16)
+        run = build("linear_mma", X_TYPE=2, SCALE=1, M_TILES=1, N_TILES=1, DEPTH=2, COPIES=c)
+        run(grid, [x, qdata, absmax, code, None, out], [2, 48, 512, 6, 8])
+        results.append(out)
+    assert torch.equal(*results)
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_decode_is_the_reference_bit_for_bit(build, dtype):
+    run = build("decode_rows", X_TYPE=TYPES[dtype], SCALE=1, DEPTH=2)
+    rows, columns, block, code = 19, 1040, 64, codebook.dynamic()
+    qdata, absmax = packed(rows, columns, block, torch.float16)
+    qdata = aligned(qdata)
+    expected = reference.dequantize(qdata, absmax, code, block, dtype)
+
+    def decode(ids, first_column, width):
+        count = rows if ids is None else len(ids)
+        out = aligned(torch.full((count, width), float("nan"), dtype=dtype))
+        wide = int(ids is not None and ids.dtype == torch.int64)
+        integers = [wide, count, rows, columns, first_column, width, block.bit_length() - 1, absmax.shape[1]]
+        run(2, [qdata, absmax, code, ids, out], integers)
+        return out
+
+    assert torch.equal(decode(None, 0, columns), expected)
+    assert torch.equal(decode(None, 192, 512), expected[:, 192:704])
+    for kind in (torch.int32, torch.int64):
+        ids = torch.tensor([3, 18, 0, 3], dtype=kind)
+        assert torch.equal(decode(ids, 0, columns), expected[ids.long()])
+    assert torch.isnan(decode(torch.tensor([rows, -1]), 0, columns)).all()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    "architecture",
+    ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow), pytest.param("sm_75", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(
+    "kernel, flags",
+    [
+        ("linear_simt", "-DX_TYPE=1 -DSCALE=1 -DTOKENS=1 -DROWS=4 -DDEPTH=2"),
+        ("linear_simt", "-DX_TYPE=0 -DSCALE=0 -DTOKENS=8 -DROWS=2 -DDEPTH=2"),
+        ("linear_mma", "-DX_TYPE=2 -DSCALE=1 -DM_TILES=1 -DN_TILES=1 -DDEPTH=2"),
+        ("linear_mma", "-DX_TYPE=1 -DSCALE=0 -DM_TILES=1 -DN_TILES=4 -DDEPTH=2"),
+        ("decode_rows", "-DX_TYPE=2 -DSCALE=1 -DDEPTH=4"),
+    ],
+)
+def test_source_compiles_for_gpus(architecture, kernel, flags, tmp_path):
+    """Every kernel compiles without warnings and without spilling registers to memory."""
+    if kernel == "linear_mma" and architecture == "sm_75":
+        pytest.skip("linear_mma is for sm_80 and later")
+    file = tmp_path / "kernel.cu"
+    file.write_text(cuda_kernels.source(kernel))
+    command = f"nvcc -std=c++17 -cubin -arch={architecture} -Xptxas -v {flags}"
+    result = subprocess.run(
+        [*command.split(), "-o", str(tmp_path / "x.cubin"), str(file)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in result.stderr, result.stderr

@@ -1,0 +1,264 @@
+"""Triton's kernels on the CPU, in Triton's interpreter, against float64 and the reference.
+
+Run by test_triton_interpreter.py, or with TRITON_INTERPRET=1 in the environment.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import gpu_interpreter
+from octavo import codebook
+from octavo.ops import reference
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _repaired_interpreter():
+    with gpu_interpreter.repaired():
+        yield
+
+
+def packed(rows, columns, block, scales):
+    return (
+        *reference.quantize(torch.randn(rows, columns), codebook.dynamic(), block, scales),
+        codebook.dynamic(),
+    )
+
+
+def error(found, exact):
+    assert torch.isfinite(found).all()
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def limit(dtype, x, weight, bias, exact):
+    """What PyTorch's own product on the rounded weights errs by, and a little; 1e-5 in float32."""
+    if dtype == torch.float32:
+        return 1e-5
+    return 1.1 * error(F.linear(x, weight.to(dtype), bias), exact) + 1e-6
+
+
+def check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias):
+    qdata, absmax, code = packed(rows, columns, block, scales)
+    x = torch.randn(tokens, columns).to(dtype)
+    bias = torch.randn(rows).to(dtype) if with_bias else None
+    weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    out = torch.full((tokens, rows), float("nan"), dtype=dtype)
+    run(x, qdata, absmax, code, block, bias, out)
+    assert error(out, exact) <= limit(dtype, x, weight, bias, exact)
+    again = torch.full_like(out, float("nan"))
+    run(x, qdata, absmax, code, block, bias, again)
+    assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize(
+    "dtype, rows, columns, block, scales, with_bias",
+    [
+        (torch.float32, 13, 300, 64, torch.float32, True),
+        (torch.float16, 16, 1037, 32, torch.float16, False),
+        (torch.bfloat16, 9, 512, 4096, torch.float16, True),
+        (torch.float16, 8, 700, 96, torch.float32, False),  # blocks that are no power of two
+    ],
+)
+def test_gemv(gather, dtype, rows, columns, block, scales, with_bias):
+    from octavo.ops.triton.gemv import gemv
+
+    def run(*arguments):
+        gemv(*arguments, gather=gather)
+
+    check_linear(run, dtype, 1, rows, columns, block, scales, with_bias)
+
+
+@pytest.mark.parametrize("gather, split", [(False, 2), (True, 3)])
+@pytest.mark.parametrize(
+    "dtype, tokens, rows, columns, block, scales, with_bias",
+    [
+        (torch.float32, 2, 65, 300, 64, torch.float16, True),
+        (torch.float16, 17, 70, 517, 32, torch.float16, True),
+        (torch.bfloat16, 33, 64, 512, 4096, torch.float32, False),
+    ],
+)
+def test_gemm(gather, split, dtype, tokens, rows, columns, block, scales, with_bias):
+    from octavo.ops.triton.gemm import gemm
+
+    def run(*arguments):
+        gemm(*arguments, gather=gather, split=split)
+
+    check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias)
+
+
+def test_split_fills_the_gpu_and_keeps_shares_long():
+    from octavo.ops.triton.gemm import split_for
+
+    assert split_for(64, 16384, 128) == 8
+    assert split_for(64, 1024, 128) == 2
+    assert split_for(1000, 16384, 128) == 1
+
+
+@pytest.mark.parametrize(
+    "dtype, columns, block",
+    [
+        (torch.float32, 300, 64),
+        (torch.float16, 1040, 32),
+        (torch.bfloat16, 130, 4096),
+        (torch.bfloat16, 300, 64),
+    ],
+)
+def test_decode_is_the_reference_bit_for_bit(dtype, columns, block):
+    from octavo.ops import triton
+
+    qdata, absmax, code = packed(11, columns, block, torch.float16)
+    expected = reference.dequantize(qdata, absmax, code, block, dtype)
+    assert torch.equal(triton.dequantize(qdata, absmax, code, block, dtype), expected)
+    for kind in (torch.int64, torch.int32):
+        ids = torch.tensor([[3, 0], [10, 3]], dtype=kind)
+        rows = triton.embedding(ids, qdata, absmax, code, block, dtype)
+        assert rows.shape == (2, 2, columns)
+        assert torch.equal(rows, expected[ids.long()])
+    wrong = triton.embedding(torch.tensor([11, -1]), qdata, absmax, code, block, dtype)
+    assert torch.isnan(wrong).all()
+
+
+@pytest.mark.parametrize(
+    "dtype, scales, columns, block",
+    [
+        (torch.float32, torch.float16, 200, 64),
+        (torch.float32, torch.float32, 96, 48),
+        (torch.float16, torch.float32, 70, 4096),
+        (torch.bfloat16, torch.float16, 70, 32),
+        (torch.float64, torch.float32, 65, 64),
+    ],
+)
+def test_quantize_and_histogram_are_the_reference_byte_for_byte(dtype, scales, columns, block):
+    from octavo.ops import triton
+
+    weight = (torch.randn(7, columns) * torch.logspace(-2, 2, 7)[:, None]).to(dtype)
+    weight[2] = 0.0
+    weight[4, ::2] = weight[4].abs().max()  # values at exactly 1
+    # Halves of 1/255 between codes: ties go to the lower entry.
+    code = torch.linspace(-1, 1, 256)
+    code[127] = 0.0
+    for found, expected in zip(
+        (*triton.quantize(weight, code, block, scales), triton.histogram(weight, block, 8193, scales)),
+        (
+            *reference.quantize(weight, code, block, scales),
+            reference.histogram(weight, block, 8193, scales),
+        ),
+        strict=True,
+    ):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+def test_ties_and_zeros():
+    from octavo.ops import triton
+
+    code = torch.linspace(-128, 127, 256) / 128
+    weight = torch.cat([torch.tensor([1.0]), (torch.arange(-127, 128) + 0.5) / 128]).view(1, -1)
+    found = triton.quantize(weight, code, 256, torch.float32)[0]
+    assert torch.equal(found, reference.quantize(weight, code, 256, torch.float32)[0])
+    zeros = torch.zeros(2, 64)
+    assert triton.histogram(zeros, 32, 33, torch.float16).sum() == 0
+    assert not triton.quantize(zeros, code, 32, torch.float16)[1].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_an_error(bad):
+    from octavo.ops import triton
+
+    weight = torch.randn(3, 100)
+    weight[1, 70] = bad
+    for scales in (torch.float16, torch.float32):
+        with pytest.raises(ValueError, match="1 NaN or infinite"):
+            triton.quantize(weight, codebook.dynamic(), 64, scales)
+        with pytest.raises(ValueError, match="1 NaN or infinite"):
+            triton.histogram(weight, 64, 33, scales)
+
+
+def test_scales_too_large_for_float16_are_an_error():
+    from octavo.ops import triton
+
+    with pytest.raises(ValueError, match="float32"):
+        triton.quantize(torch.full((1, 64), 1e5), codebook.dynamic(), 64, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "dtype, tokens",
+    [(torch.float32, 1), (torch.float32, 3), (torch.float16, 3), (torch.bfloat16, 1), (torch.bfloat16, 130)],
+)
+def test_linear_and_its_transpose_through_the_choice(dtype, tokens, monkeypatch):
+    from octavo.ops import triton
+    from octavo.ops.triton import panels
+
+    # Small panels, so that there are several, the last one partial.
+    monkeypatch.setattr(panels, "PANEL_BYTES", 1)
+    monkeypatch.setattr(panels, "STEP", 32)
+    rows, columns, block = 40, 140, 64
+    qdata, absmax, code = packed(rows, columns, block, torch.float16)
+    weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
+    x, bias = torch.randn(2, tokens, columns).to(dtype), torch.randn(rows)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    out = triton.linear(x, qdata, absmax, code, block, bias)
+    assert out.shape == (2, tokens, rows) and out.dtype == dtype
+    assert error(out, exact) <= limit(dtype, x, weight, bias.to(dtype), exact)
+    back = torch.randn(2, tokens, rows).to(dtype)
+    exact = back.double() @ weight.double()
+    out = triton.linear_transposed(back, qdata, absmax, code, block)
+    assert error(out, exact) <= limit(dtype, back, weight.t(), None, exact)
+
+
+def test_empty_tensors():
+    from octavo.ops import triton
+
+    qdata, absmax, code = packed(5, 64, 32, torch.float16)
+    matrix = (qdata, absmax, code, 32)
+    assert triton.linear(torch.empty(0, 64), *matrix).shape == (0, 5)
+    assert triton.linear_transposed(torch.empty(2, 0, 5), *matrix).shape == (2, 0, 64)
+    assert triton.embedding(torch.empty(0, dtype=torch.int64), *matrix, torch.float16).shape == (0, 64)
+    narrow = triton.linear(torch.empty(3, 0), qdata[:, :0], absmax[:, :0], code, 32)
+    assert torch.equal(narrow, torch.zeros(3, 5))
+    assert triton.quantize(torch.empty(0, 64), code, 32, torch.float16)[0].shape == (0, 64)
+
+
+@pytest.mark.parametrize("name", ["triton_gemv", "triton_gemm", "panels"])
+def test_a_kernel_can_be_forced(name, monkeypatch):
+    from octavo.ops import triton
+    from octavo.ops.triton import choose
+
+    monkeypatch.setenv("OCTAVO_GPU_LINEAR", name)
+    monkeypatch.setitem(choose.LINEAR, name, spy := Spy(choose.LINEAR[name]))
+    qdata, absmax, code = packed(5, 64, 32, torch.float16)
+    triton.linear(torch.randn(1, 64), qdata, absmax, code, 32)
+    assert spy.calls == 1
+    choose._chosen.clear()
+
+
+def test_a_kernel_that_cannot_run_warns_and_the_next_is_taken(monkeypatch):
+    from octavo.ops import triton
+
+    monkeypatch.setenv("OCTAVO_GPU_LINEAR", "cuda_mma")
+    qdata, absmax, code = packed(5, 64, 32, torch.float16)
+    with pytest.warns(RuntimeWarning, match="cuda_mma cannot run here: CUDA kernels need an NVIDIA GPU"):
+        triton.linear(torch.randn(1, 64), qdata, absmax, code, 32)
+    monkeypatch.setenv("OCTAVO_GPU_LINEAR", "fast")
+    with pytest.raises(ValueError, match="expected one of cuda_mma"):
+        triton.linear(torch.randn(1, 64), qdata, absmax, code, 32)
+
+
+class Spy:
+    """A kernel that counts its calls."""
+
+    def __init__(self, kernel):
+        self.kernel, self.calls = kernel, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        self.kernel(*arguments)
