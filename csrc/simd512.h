@@ -161,10 +161,9 @@ OCTAVO_INLINE __m512 lane_scales(const float* scales, int64_t c) {
   if constexpr (Parts == 1) return _mm512_set1_ps(scales[c]);
   const __m512i lanes = Parts == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                                    : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  const __m512 four = Parts == 2 ? _mm512_castpd_ps(_mm512_castpd128_pd512(_mm_load_sd(
-                                       reinterpret_cast<const double*>(scales + 2 * c))))
-                                 : _mm512_castps128_ps512(_mm_loadu_ps(scales + 4 * c));
-  return _mm512_permutexvar_ps(lanes, four);
+  __m128 four = _mm_setzero_ps();
+  std::memcpy(&four, scales + Parts * c, Parts * sizeof(float));
+  return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(four));
 }
 
 template <class S, int M, int Parts>
