@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .load import load, load_tokenizer
     from .model import CoverageError, dequantize_model, plan_model, quantize_model
     from .tensor import OctavoTensor, fallbacks, reset_fallbacks
+    from .training.prepare import prepare_for_training
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOMES = {
     "load": "load",
     "load_tokenizer": "load",
     "plan_model": "model",
+    "prepare_for_training": "training.prepare",
     "quantize_model": "model",
     "reset_fallbacks": "tensor",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "plan_model",
+    "prepare_for_training",
     "quantize_model",
     "reset_fallbacks",
 ]

@@ -54,8 +54,8 @@ def prepare_for_training(
     - Input gradients are on, and gradient checkpointing is on in its non-reentrant form.
     - The cache of keys and values is off: training does not use it, and it holds memory.
     - The first training step raises RuntimeError, saying why, if no gradient can reach a trainable parameter.
-    - Several GPUs in one process, which the Trainer would wrap in `torch.nn.DataParallel`, give a warning here and an
-      error from `GradientGuard`.
+    - Several GPUs in one process, which the Trainer would wrap in `torch.nn.DataParallel`, give a warning
+      here and an error from `GradientGuard`.
 
     Args:
         model: a transformers model with 8-bit weights.

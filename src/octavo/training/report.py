@@ -1,0 +1,111 @@
+"""What a run shows: one example before it starts, the loss curve and the table when it ends.
+
+Example:
+    >>> write_curve(outcome.history, "out/loss.png")   # doctest: +SKIP
+    >>> print_table(outcome.history)                   # doctest: +SKIP
+"""
+
+import json
+import math
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .data import Example
+from .loss import IGNORED
+
+SHOWN_TOKENS = 200
+
+
+def show_example(example: Example, tokenizer: Any, console: Console) -> None:
+    """Print one training example: what is learned in bold green, what is only read dimmed."""
+    text = Text()
+    pairs = list(zip(example["input_ids"], example["labels"], strict=True))[:SHOWN_TOKENS]
+    for learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        piece = tokenizer.decode([token for token, _ in group])
+        text.append(piece if learned else f"⟦{piece}⟧", style="bold green" if learned else "dim")
+    if len(example["input_ids"]) > SHOWN_TOKENS:
+        text.append(" …", style="dim")
+    count = sum(label != IGNORED for label in example["labels"])
+    console.print(
+        f"An example of {len(example['input_ids'])} tokens, {count} of them learned; ⟦in brackets⟧ what is only read:"
+    )
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def losses(history: list[dict[str, float]]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, loss) of training and of validation, from the Trainer's log."""
+    train = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+    held = [(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    return train, held
+
+
+def write_curve(history: list[dict[str, float]], path: str | Path, title: str = "") -> bool:
+    """Draw the losses as a PNG. Returns False, writing nothing, if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    train, held = losses(history)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        steps, values = zip(*train, strict=True)
+        axes.plot(steps, values, color="0.75", linewidth=1, label="training")
+        axes.plot(steps, smoothed(values), color="tab:blue", linewidth=2, label="training, smoothed")
+    if held:
+        steps, values = zip(*held, strict=True)
+        axes.plot(steps, values, "o-", color="tab:orange", linewidth=2, label="validation")
+        for step, value in (held[0], held[-1]):
+            axes.annotate(
+                f"{value:.2f} (perplexity {math.exp(min(value, 700)):,.1f})",
+                (step, value),
+                textcoords="offset points",
+                xytext=(6 if step == held[0][0] else -6, 8),
+                ha="left" if step == held[0][0] else "right",
+            )
+    axes.set(xlabel="step", ylabel="loss a token (nats)", title=title)
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.15)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def smoothed(values: tuple[float, ...] | list[float]) -> list[float]:
+    """Means over a window of about a tenth of the values around each."""
+    reach = max(1, len(values) // 20)
+    return [
+        sum(values[max(0, i - reach) : i + reach + 1]) / len(values[max(0, i - reach) : i + reach + 1])
+        for i in range(len(values))
+    ]
+
+
+def print_table(history: list[dict[str, float]], console: Console) -> None:
+    """One row an evaluation: step, training loss since the last, validation loss, perplexity."""
+    train, held = losses(history)
+    points = held or train[:: max(1, len(train) // 10)]
+    table = Table("step", "training loss", "validation loss", "perplexity")
+    last = -1
+    for step, value in points:
+        since = [loss for at, loss in train if last < at <= step]
+        mean = f"{sum(since) / len(since):.3f}" if since else "–"
+        table.add_row(
+            str(step),
+            mean,
+            f"{value:.3f}" if held else "–",
+            f"{math.exp(min(value, 700)):,.2f}" if held else "–",
+        )
+        last = step
+    for column in table.columns:
+        column.justify = "right"
+    console.print(table)
+
+
+def write_log(history: list[dict[str, float]], path: str | Path) -> None:
+    """The Trainer's log as JSON."""
+    Path(path).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,257 @@
+"""A fine-tuning run: the model in 8 bits, adapters on top, transformers' Trainer around it.
+
+Everything lands in the output folder:
+
+    adapter_config.json, adapter_model.safetensors   a standard PEFT adapter, with the tokenizer
+    checkpoint-N/                                    where `--resume` goes on
+    loss.png, training.json, runs/                   curve, table, TensorBoard logs
+
+Example:
+    >>> from octavo.training.run import finetune_model
+    >>> outcome = finetune_model(model, tokenizer, train, held_out, Recipe(), "out")  # doctest: +SKIP
+    >>> outcome.after["eval_perplexity"]                                              # doctest: +SKIP
+    9.7
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy
+
+from .adapters import add_adapters
+from .data import Example, collate
+from .prepare import GradientGuard, prepare_for_training
+from .recipe import Recipe
+from .trainer import OctavoTrainer, Progress, StopOnInterrupt
+
+OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit", "adamw": "adamw_torch"}
+OPTIONS_FILE = "recipe.json"
+
+
+@dataclass
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        model: PEFT's model, trained.
+        before, after: "eval_loss", "eval_perplexity", "eval_tokens" on the validation set; empty without one.
+        history: the Trainer's log, one dict an entry.
+        steps: steps taken in all.
+        interrupted: Ctrl-C stopped it; `--resume` goes on.
+        trainable, total: numbers of parameters.
+    """
+
+    model: Any
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    interrupted: bool = False
+    trainable: int = 0
+    total: int = 0
+
+
+def training_type(asked: str, device: torch.device) -> torch.dtype:
+    """The type to compute in: `asked`, or for "auto" bfloat16 where a GPU has it, else float16; float32 on a CPU."""
+    if asked != "auto":
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[asked]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def training_device() -> torch.device:
+    """This process's own GPU, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def newest_checkpoint(folder: str | Path) -> Path:
+    """The newest complete checkpoint of a run. A kill in the middle of saving leaves an incomplete one,
+    passed over.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        try:
+            # The Trainer writes its state last.
+            step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if (path / "adapter_config.json").exists() or (path / "pytorch_model_fsdp_0").exists():
+            found.append((step, path))
+    if not found:
+        raise FileNotFoundError(
+            f"--resume: {folder} holds no complete checkpoint-N folder; start without --resume"
+        )
+    return max(found)[1]
+
+
+def arguments_of(
+    recipe: Recipe, output: str | Path, steps: int, dtype: torch.dtype, validate: bool
+) -> TrainingArguments:
+    """The Trainer's arguments for a recipe.
+
+    Args:
+        steps: optimizer steps in all: decides how often is logged, evaluated and saved.
+        validate: whether there is a validation set.
+    """
+    every = max(1, math.ceil(steps / max(recipe.evaluations, 1)))
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=OPTIMIZERS[recipe.optimizer],
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=max(1, steps // 100),
+        logging_first_step=True,
+        eval_strategy="steps" if validate and recipe.evaluations else "no",
+        eval_steps=every,
+        save_strategy=SaveStrategy.STEPS,
+        save_steps=every,
+        save_total_limit=2,
+        report_to=["tensorboard"] if _has("tensorboard") else [],
+        remove_unused_columns=False,
+        # Every adapter takes part in every step.
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        # Several GPUs in one process: use the first, never nn.DataParallel. `accelerate launch` uses them
+        # all.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _has(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
+def steps_of(recipe: Recipe, examples: int, processes: int = 1) -> int:
+    """Optimizer steps that a recipe takes over a number of examples."""
+    if recipe.max_steps:
+        return recipe.max_steps
+    batches = math.ceil(examples / (recipe.batch_size * processes))
+    return max(1, math.ceil(math.ceil(batches / recipe.gradient_accumulation) * recipe.epochs))
+
+
+def finetune_model(
+    model: Any,
+    tokenizer: Any,
+    train: list[Example],
+    held_out: list[Example],
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    callbacks: list[Any] | None = None,
+) -> Outcome:
+    """Train adapters on a quantized model and save them.
+
+    Args:
+        model: a transformers model with 8-bit weights.
+        tokenizer: saved with the adapter; its padding token fills batches. May be None.
+        train, held_out: examples (`octavo.training.data.tokenize`); `held_out` may be empty.
+        output: the folder to write.
+        resume: continue from the newest complete checkpoint in `output`.
+
+    Raises:
+        ValueError: if there is nothing to train on, or `resume` meets other options than the run was started
+        with. FileNotFoundError: if `resume` finds no checkpoint.
+    """
+    if not train:
+        raise ValueError("nothing to train on: every example is empty, or its prompt fills --max-length")
+    output = Path(output)
+    checkpoint = newest_checkpoint(output) if resume else None
+    _same_options(recipe, output, checkpoint is not None)
+    set_seed(recipe.seed)
+    # Whether a step computes in 16 bits was settled when the model was loaded.
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    prepare_for_training(model, gradient_checkpointing=recipe.gradient_checkpointing)
+    model = add_adapters(model, recipe)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    arguments = arguments_of(recipe, output, steps_of(recipe, len(train), processes), dtype, bool(held_out))
+    arguments.eval_on_start = bool(held_out) and checkpoint is None
+    pad = next((token for token in _padding(tokenizer) if token is not None), 0)
+    trainer = OctavoTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out or None,
+        data_collator=partial(collate, pad=pad),
+        processing_class=tokenizer,
+        callbacks=[GradientGuard(), *(callbacks or [])],
+    )
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress)
+    stop = StopOnInterrupt(trainer.accelerator)
+    trainer.add_callback(stop)
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    outcome = Outcome(model=trainer.model, steps=trainer.state.global_step, interrupted=stop.interrupted)
+    if held_out and not stop.interrupted and not _evaluated_at(trainer.state):
+        trainer.evaluate()
+    trainer.save_model()
+    outcome.history = trainer.state.log_history
+    evaluations = [entry for entry in outcome.history if "eval_loss" in entry]
+    if evaluations:
+        outcome.before, outcome.after = evaluations[0], evaluations[-1]
+    outcome.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    outcome.total = sum(parameter.numel() for parameter in model.parameters())
+    return outcome
+
+
+def _padding(tokenizer: Any) -> tuple[int | None, int | None]:
+    """Tokens to fill batches with, best first. They are masked: any that the model knows will do."""
+    return getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)
+
+
+def _evaluated_at(state: Any) -> bool:
+    """Whether the log holds an evaluation of the last step."""
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
+
+
+def _same_options(recipe: Recipe, output: Path, resume: bool) -> None:
+    """Keep the options beside the checkpoints; on resuming, refuse others: the losses would not be the same run's."""
+    path = output / OPTIONS_FILE
+    options = recipe.to_dict()
+    if resume and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = {
+            name: (before.get(name), value) for name, value in options.items() if before.get(name) != value
+        }
+        if other:
+            listed = ", ".join(
+                f"--{n.replace('_', '-')} was {old}, is {new}" for n, (old, new) in other.items()
+            )
+            raise ValueError(
+                f"--resume: expected the options that the run was started with, found others: {listed}"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
