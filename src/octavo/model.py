@@ -244,6 +244,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
                     )
                 setattr(module, leaf, plain[id(parameter)])
     if isinstance(getattr(model, "quantization_method", None), str) and model.quantization_method == "octavo":
-        # A transformers model that no longer says it is quantized is saved as a plain one.
+        # A transformers model that no longer says it is quantized is saved as a plain one, in its published layout.
         model.hf_quantizer.remove_quantization_config(model)
+        model._weight_conversions = None
     return model

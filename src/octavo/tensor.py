@@ -188,6 +188,12 @@ class OctavoTensor(torch.Tensor):
             absmax.copy_(new_absmax)
         return self
 
+    def quantized_alike(self, values: torch.Tensor) -> "OctavoTensor":
+        """Plain values of any matrix's shape, quantized with this tensor's codebook kind, block size and layout."""
+        codebook = "dynamic" if self.codebook == "dynamic" else "fitted"
+        config = OctavoConfig(codebook=codebook, block_size=self.block_size)
+        return OctavoTensor.from_float(values.detach(), config, transposed=self.transposed, dtype=self.dtype)
+
     def take_parts(self, other: "OctavoTensor") -> None:
         """Become an alias of `other`, whose shape, device and computing type this tensor has been given."""
         for name in (*SUFFIXES, "block_size", "transposed", "codebook"):

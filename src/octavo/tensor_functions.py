@@ -206,13 +206,16 @@ def set_data(weight, value):
 
     Plain values are quantized into the weight's own storage: `.data` has handed out aliases of it. The same storage again,
     as `weight.data += delta` ends, changes nothing. Another 8-bit weight is taken over as it is, with its device and
-    computing type.
+    computing type; so are plain values of another shape (a vocabulary that grows), once they are quantized.
     """
     if not isinstance(weight, OctavoTensor):
         return NotImplemented
     if not isinstance(value, OctavoTensor):
-        weight.rewrite_(value)
-    elif not _same_storage(weight, value):
+        if value.shape == weight.shape:
+            weight.rewrite_(value)
+            return
+        value = weight.quantized_alike(value)
+    if not _same_storage(weight, value):
         with torch._C.DisableTorchFunctionSubclass():
             torch.Tensor.data.__set__(weight, value)
         weight.take_parts(value)

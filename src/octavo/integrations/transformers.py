@@ -11,6 +11,7 @@ Example:
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -61,7 +62,9 @@ class Quantize(ConversionOps):
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             name = full_layer_name if len(input_dict) == 1 else name
-            out[name] = self.hf_quantizer.quantized(name, value)
+            out[name] = self.hf_quantizer.or_placeholder(
+                name, lambda: self.hf_quantizer.quantized(name, value)
+            )
         return out
 
 
@@ -71,11 +74,20 @@ class Deserialize(ConversionOps):
     def __init__(self, hf_quantizer: "OctavoHfQuantizer"):
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo):
+        # transformers copies its converters for each parameter; the quantizer, with the plan of the whole model, is one.
+        return Deserialize(self.hf_quantizer)
+
     def convert(self, input_dict, full_layer_name=None, **kwargs):
         parts = {}
         for pattern, value in input_dict.items():
             parts[pattern.rpartition("_")[2]] = value[0] if isinstance(value, list) else value
-        return {full_layer_name: self.hf_quantizer.assembled(full_layer_name, parts)}
+        quantizer = self.hf_quantizer
+        return {
+            full_layer_name: quantizer.or_placeholder(
+                full_layer_name, lambda: quantizer.assembled(full_layer_name, parts)
+            )
+        }
 
 
 class OctavoHfQuantizer(HfQuantizer):
@@ -89,7 +101,9 @@ class OctavoHfQuantizer(HfQuantizer):
         self.plan = Plan()
         self.dtypes: dict[str, torch.dtype] = {}
         self.leaves: set[str] = set()
+        self.shapes: dict[str, torch.Size] = {}
         self._read_in_float32: set[str] = set()
+        self._errors: list[str] = []
 
     def _process_model_before_weight_loading(self, model, dtype=None, **kwargs):
         prefix = getattr(model, "base_model_prefix", "")
@@ -101,6 +115,7 @@ class OctavoHfQuantizer(HfQuantizer):
         names = self.plan.names
         self.dtypes = _computing_types(model, names, dtype or torch.get_default_dtype())
         self.leaves = {name.rpartition(".")[2] for name in names}
+        self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
         if not self.pre_quantized:
             # transformers casts to the asked type before the quantizing op, and rounding float32 to bfloat16 costs as much as 8
             # bits do. Its plan of what stays in float32 is the way to read these parameters unrounded.
@@ -110,8 +125,18 @@ class OctavoHfQuantizer(HfQuantizer):
             )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self._errors:
+            raise ValueError("\n".join(self._errors))
         if self._read_in_float32:
             model._keep_in_fp32_modules_strict -= self._read_in_float32
+        # What transformers would undo when the model is saved. Taking a weight apart is `get_state_dict_and_metadata`'s.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or ()
+            if not any(
+                isinstance(operation, Deserialize) for operation in getattr(conversion, "operations", ())
+            )
+        ]
         # Tying may have put the plain parameter of an alias first; every name must lead to the one quantized weight.
         for entry in self.plan.entries.values():
             missing = [
@@ -153,6 +178,17 @@ class OctavoHfQuantizer(HfQuantizer):
         parameter = nn.Parameter(weight, requires_grad=False)
         parameter._is_hf_initialized = True
         return parameter
+
+    def or_placeholder(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`make()`, or, if it raises ValueError, zeros that take no memory; the error is raised after loading.
+
+        transformers catches what a conversion raises, and in the end only says that "some issues" were encountered.
+        """
+        try:
+            return make()
+        except ValueError as error:
+            self._errors.append(str(error))
+            return torch.zeros(()).expand(self.shapes.get(name, torch.Size()))
 
     def quantized(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Quantize one loaded parameter; values that are no planned parameter pass through."""
