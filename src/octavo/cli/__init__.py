@@ -12,6 +12,7 @@ import typer
 
 from .demo import demo
 from .doctor import doctor
+from .finetune import finetune
 from .generate import generate
 from .inspect import inspect
 from .quantize import quantize
@@ -26,12 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, generate, inspect, demo, doctor):
+for command in (quantize, generate, finetune, inspect, demo, doctor):
     app.command()(command)
-
-
-def version(show: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-    """Run and fine-tune large language models in 8 bits, on the hardware you own."""
 
 
 @app.callback(invoke_without_command=True)

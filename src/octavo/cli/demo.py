@@ -21,17 +21,17 @@ def demo(
     from rich.console import Console
 
     from octavo import demo as shipped
+    from octavo.cli.progress import quiet_loading
 
     if not (shipped.MODEL / "model.safetensors").exists():
         raise FileNotFoundError(
             f"{shipped.MODEL} holds no model: this installation lacks its data files. Install Octavo again, or make the model "
             "with scripts/demo_model/train.py"
         )
-    console = Console()
-    console.print(
-        "[bold]Octavo[/bold]: a Spanish GPT-J of 7 million parameters, trained on the Reina-Valera 1909 Bible and the Debian "
-        "handbook, in 16 bits.\n"
-    )
+    console = Console(soft_wrap=True)
+    console.print("[bold]Octavo[/bold], shown on a Spanish GPT-J of 7 million parameters in 16 bits, trained on")
+    console.print("the Reina-Valera 1909 Bible and the Debian handbook.\n")
+    quiet_loading()
     result = _quantize(console, shipped.MODEL, out)
     before, after = _measure(console, shipped.MODEL, out, shipped.TEXT / "proverbios.txt")
     _table(console, result, before, after)
@@ -116,5 +116,5 @@ def _write(console, out: Path, prompt: str, seed: int, max_new_tokens: int) -> N
     )
     console.print(f"\n\n   {made.tokens} tokens, {made.tokens_per_second:.0f} tokens/s on {model.device}")
     console.print(
-        "\nNext: `octavo quantize SOURCE OUT` for a model of your own, `octavo generate --help`, `octavo doctor`."
+        "\nNext: `octavo quantize SOURCE OUT` with a model of your own; `octavo generate --help`; `octavo doctor`."
     )

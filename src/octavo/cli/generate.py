@@ -45,10 +45,12 @@ def generate(
 
     import torch
 
+    from octavo.cli.progress import quiet_loading
     from octavo.load import load, load_tokenizer
     from octavo.serving.generation import stream
 
     text = sys.stdin.read() if prompt == "-" else prompt
+    quiet_loading(always=False)
     started = time.perf_counter()
     network = load(model, dtype=dtype, device=device, adapter=adapter)
     tokenizer = load_tokenizer(model)

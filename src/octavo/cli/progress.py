@@ -6,6 +6,7 @@ Example:
     ...     convert(source, out, progress=progress)
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -37,3 +38,11 @@ def bytes_progress(console: Console) -> Iterator[Callable[[int, int, str], None]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def quiet_loading(always: bool = True) -> None:
+    """Switch off transformers' bar of loaded tensors: always, or where nobody watches (stderr is no terminal)."""
+    if always or not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
