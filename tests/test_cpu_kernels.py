@@ -176,7 +176,9 @@ def test_embedding_takes_the_rows_asked_for():
     full = reference.dequantize(qdata, absmax, code, 32, torch.bfloat16)
     assert torch.equal(cpu.embedding(ids, qdata, absmax, code, 32, torch.bfloat16), full[ids])
     assert torch.equal(cpu.embedding(ids.int(), qdata, absmax, code, 32, torch.bfloat16), full[ids])
-    assert cpu.embedding(torch.empty(0, 3, dtype=torch.long), qdata, absmax, code, 32, torch.float32).shape == (0, 3, 100)
+    assert cpu.embedding(
+        torch.empty(0, 3, dtype=torch.long), qdata, absmax, code, 32, torch.float32
+    ).shape == (0, 3, 100)
 
 
 @pytest.mark.parametrize("bad", [-1, 50])
@@ -223,7 +225,9 @@ def test_subnormal_weights_are_exact():
 def test_float16_scales_are_rounded_up_everywhere():
     """Every kind of float16: subnormal, normal, and values just above and below one."""
     halves = torch.arange(1, 0x7C00, 7, dtype=torch.int16).view(torch.float16).float()
-    values = torch.cat([halves, torch.nextafter(halves, torch.tensor(0.0)), torch.nextafter(halves, torch.tensor(9e9))])
+    values = torch.cat(
+        [halves, torch.nextafter(halves, torch.tensor(0.0)), torch.nextafter(halves, torch.tensor(9e9))]
+    )
     weight = values[values <= 65504].reshape(-1, 1)
     _, absmax = cpu.quantize(weight, codebook.dynamic(), 1, torch.float16)
     assert torch.equal(absmax, reference.block_absmax(weight, 1, torch.float16))
@@ -265,7 +269,10 @@ def test_addresses_that_are_not_aligned(dtype, offset):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_number_of_threads_changes_nothing(dtype):
     qdata, absmax, code, generator = packed(700, 640, 64, 7)
-    x, grad = torch.randn(3, 640, generator=generator).to(dtype), torch.randn(2, 700, generator=generator).to(dtype)
+    x, grad = (
+        torch.randn(3, 640, generator=generator).to(dtype),
+        torch.randn(2, 700, generator=generator).to(dtype),
+    )
     weight = torch.randn(700, 640, generator=generator)
     before = torch.get_num_threads()
     results = []

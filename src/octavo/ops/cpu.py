@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from . import reference
 from .schema import implementation
@@ -58,7 +57,10 @@ def _load() -> tuple[bool, str]:
     if _requested == "none":
         return False, f"{ISA_VARIABLE}=none"
     if _native is None:
-        return False, f"octavo._native is not there: {_import_error}"
+        return False, (
+            f"the native kernels were not built ({_import_error}); reinstall where there is a C++17 compiler, with pip -v to "
+            "see what fails"
+        )
     if _requested:
         if _requested not in _native.supported():
             raise ValueError(
@@ -68,7 +70,11 @@ def _load() -> tuple[bool, str]:
         why = f"{ISA_VARIABLE}={_requested}"
     else:
         features = _native.cpu_features()
-        why = f"the processor has {features}" if features else "no kernels for more than plain C++ on this processor"
+        why = (
+            f"the processor has {features}"
+            if features
+            else "no kernels for more than plain C++ on this processor"
+        )
     _native.share_openmp_of(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     return True, why
 
@@ -255,7 +261,9 @@ def embedding(ids, qdata, absmax, code, block_size, dtype):
         torch.get_num_threads(),
     )
     if bad >= 0:
-        raise IndexError(f"octavo.embedding: id {int(flat[bad])} is outside the table's {qdata.shape[0]} rows")
+        raise IndexError(
+            f"octavo.embedding: id {int(flat[bad])} is outside the table's {qdata.shape[0]} rows"
+        )
     return out
 
 
