@@ -30,7 +30,14 @@ def _gpt2():
 def _gptj(**options):
     from transformers import GPTJConfig
 
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 8,
+        "n_positions": 64,
+    }
     return GPTJConfig(**{**sizes, **options})
 
 

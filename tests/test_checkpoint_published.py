@@ -162,7 +162,11 @@ def test_adapters_come_along_in_pefts_format(tmp_path):
 def test_uint8_mask_is_no_weight_and_attention_biases_are_kept(tmp_path):
     """A buffer `attn.bias` [1, 1, n, n] is dropped; a parameter `attn.bias` [n] is not."""
     mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
-    extra = {"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor(-1e9), "h.1.attn.bias": torch.ones(64)}
+    extra = {
+        "h.0.attn.bias": mask,
+        "h.0.attn.masked_bias": torch.tensor(-1e9),
+        "h.1.attn.bias": torch.ones(64),
+    }
     one_layer(tmp_path, torch.randn(64, 64), **extra)
     with open_source(tmp_path) as source:
         assert source.dropped == ["h.0.attn.bias", "h.0.attn.masked_bias"]

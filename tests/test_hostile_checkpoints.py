@@ -1,4 +1,4 @@
-"""Damaged, dangerous and hopeless input: each ends in one error that says what is wrong and what to do, and leaves nothing behind."""
+"""Damaged, dangerous and hopeless input: each ends in one error that says what is wrong and what to do."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import octavo
-from octavo.checkpoint import CheckpointError, convert, open_source, shards
+from octavo.checkpoint import CheckpointError, convert, shards
 from octavo.checkpoint.report import report
 
 from .test_checkpoint_models import save
@@ -60,7 +60,10 @@ def test_truncated_safetensors(plain, tmp_path, length):
         (lambda row: row.update(data_offsets="everything"), "expected dtype, shape and data_offsets"),
         (lambda row: row.update(dtype="F4"), "type 'F4'"),
         (lambda row: row.pop("shape"), "expected dtype, shape and data_offsets"),
-        (lambda row: row.update(data_offsets=[0, row["data_offsets"][1] - row["data_offsets"][0]]), "overlap"),
+        (
+            lambda row: row.update(data_offsets=[0, row["data_offsets"][1] - row["data_offsets"][0]]),
+            "overlap",
+        ),
     ],
 )
 def test_header_that_lies(plain, tmp_path, change, message):
@@ -92,8 +95,13 @@ def test_missing_shard_and_index_that_lies(tmp_path):
     content = json.loads(index.read_text())
     changed = {**content, "weight_map": {**content["weight_map"], "model.layers.9.mlp.weight": shard.name}}
     index.write_text(json.dumps(changed))
-    fails(plain, tmp_path / "out", r"names 1 tensors that are not in their files: model\.layers\.9\.mlp\.weight")
-    changed = {**content, "weight_map": {**content["weight_map"], "lm_head.weight": "../whole/model.safetensors"}}
+    fails(
+        plain, tmp_path / "out", r"names 1 tensors that are not in their files: model\.layers\.9\.mlp\.weight"
+    )
+    changed = {
+        **content,
+        "weight_map": {**content["weight_map"], "lm_head.weight": "../whole/model.safetensors"},
+    }
     index.write_text(json.dumps(changed))
     fails(plain, tmp_path / "out", "plain file names of its own folder")
     index.write_text("{")
@@ -211,7 +219,9 @@ def test_disk_that_fills_up_for_real(tmp_path):
     """A small tmpfs; needs the right to mount."""
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(small)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
@@ -244,7 +254,9 @@ def test_a_newer_format_version_is_refused(plain, tmp_path):
     config["quantization_config"]["format_version"] = 2
     path.write_text(json.dumps(config))
     for use in (report, octavo.load):
-        with pytest.raises(ValueError, match=r"format_version.*2.*upgrade|format_version: expected 1, found 2"):
+        with pytest.raises(
+            ValueError, match=r"format_version.*2.*upgrade|format_version: expected 1, found 2"
+        ):
             use(tmp_path / "out")
 
 
@@ -276,10 +288,16 @@ def test_parts_that_do_not_belong_together(plain, tmp_path):
 def test_config_of_another_model(plain, tmp_path):
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    fails(plain, tmp_path / "out", r"parameters of a LlamaForCausalLM are not in the checkpoint: model\.layers\.2")
+    fails(
+        plain,
+        tmp_path / "out",
+        r"parameters of a LlamaForCausalLM are not in the checkpoint: model\.layers\.2",
+    )
     (plain / "config.json").write_text(json.dumps({**config, "hidden_size": 128}))
     fails(plain, tmp_path / "out", r"expected shape \[.*128.*found \[")
-    (plain / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"], "model_type": "nosuch"}))
+    (plain / "config.json").write_text(
+        json.dumps({**config, "architectures": ["NoSuchModel"], "model_type": "nosuch"})
+    )
     fails(plain, tmp_path / "out", "config.json")
     (plain / "config.json").write_text("{")
     fails(plain, tmp_path / "out", "not valid JSON")

@@ -36,7 +36,9 @@ def run(app, *arguments, code=0):
 
 def test_quantize_then_inspect(app, tmp_path):
     save("llama", tmp_path / "plain")
-    shown = run(app, "quantize", tmp_path / "plain", tmp_path / "out", "--skip", "lm_head", "--block-size", 32)
+    shown = run(
+        app, "quantize", tmp_path / "plain", tmp_path / "out", "--skip", "lm_head", "--block-size", 32
+    )
     assert "bits per weight" in shown and "weight error" in shown and "octavo generate" in shown
     found = json.loads(run(app, "inspect", tmp_path / "out", "--against", tmp_path / "plain", "--json"))
     assert found["kind"] == "octavo" and found["codebook"] == "fitted"
@@ -97,14 +99,17 @@ def test_ctrl_c_says_how_to_go_on(app, tmp_path):
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 8, 256, 1024
     build(config).save_pretrained(tmp_path / "plain")
     code = (
-        "import sys, time; from octavo.cli import main; from octavo.checkpoint import stream; stream.SYNC_EVERY = 1;"
+        "import sys, time; from octavo.cli import main; from octavo.checkpoint import stream; "
+        "stream.SYNC_EVERY = 1;"
         "write = stream.write_unit\n"
         "def slow(*args):\n    time.sleep(0.05); return write(*args)\n"
         "stream.write_unit = slow\n"
         "main()"
     )
     command = [sys.executable, "-c", code, "quantize", str(tmp_path / "plain"), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
     journal = tmp_path / "out.partial" / "octavo-journal.jsonl"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:

@@ -1,7 +1,7 @@
 """Checkpoints on disk: read them lazily, convert them tensor by tensor.
 
-`open_source` looks into any supported checkpoint; `convert` writes an Octavo checkpoint from it, never holding more than
-about one tensor.
+`open_source` looks into any supported checkpoint; `convert` writes an Octavo checkpoint from it, never
+holding more than about one tensor.
 
 Example:
     >>> from octavo import OctavoConfig

@@ -1,7 +1,8 @@
 """Low-rank adapters found inside published checkpoints, as PEFT reads them.
 
-A published fine-tuned layer adds `adapter.2(adapter.0(x))` to its output: LoRA with scaling 1. PEFT calls the two `lora_A` [r, in] and
-`lora_B` [out, r], for embeddings `lora_embedding_A` [r, num] and `lora_embedding_B` [dim, r].
+A published fine-tuned layer adds `adapter.2(adapter.0(x))` to its output: LoRA with scaling 1. PEFT calls the
+two `lora_A` [r, in] and `lora_B` [out, r], for embeddings `lora_embedding_A` [r, num] and `lora_embedding_B`
+[dim, r].
 
 Example:
     >>> from octavo.checkpoint.adapters import save_peft_adapter
@@ -23,7 +24,8 @@ def is_embedding_adapter(down: torch.Tensor, up: torch.Tensor) -> bool:
 
 
 def peft_adapter(adapters: Adapters, base: str = "") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """PEFT's adapter_config.json and tensors for adapters given as module name → (adapter.0.weight, adapter.2.weight).
+    """PEFT's adapter_config.json and tensors for adapters given as module name → (adapter.0.weight,
+    adapter.2.weight).
 
     Returns:
         The config as a dictionary, and the tensors by PEFT's names.

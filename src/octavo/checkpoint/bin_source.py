@@ -1,8 +1,8 @@
 """Read PyTorch checkpoints (`pytorch_model.bin`): pickles of tensors, one file or shards.
 
-A pickle can run any code when it is opened. These files are only ever read with `weights_only=True`, which knows tensors and
-plain containers and refuses everything else. Files in the zip format (PyTorch 1.6 and later) are memory-mapped, older
-ones are read into memory.
+A pickle can run any code when it is opened. These files are only ever read with `weights_only=True`, which
+knows tensors and plain containers and refuses everything else. Files in the zip format (PyTorch 1.6 and
+later) are memory-mapped, older ones are read into memory.
 
 Example:
     >>> from octavo.checkpoint.bin_source import load_tensors
@@ -38,9 +38,18 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_explain(path, error)) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, UnicodeDecodeError, OSError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        UnicodeDecodeError,
+        OSError,
+    ) as error:
         raise CheckpointError(
-            f"{path}: expected a PyTorch checkpoint, found a damaged or truncated file of {path.stat().st_size} bytes "
+            f"{path}: expected a PyTorch checkpoint, found a damaged or truncated file of "
+            f"{path.stat().st_size} bytes "
             f"({_short(error)}); download it again"
         ) from error
     for wrapper in WRAPPERS:
@@ -65,7 +74,8 @@ def _explain(path: Path, error: pickle.UnpicklingError) -> str:
     asked = re.search(r"(?:Unsupported global: )?GLOBAL ([\w.]+)", text)
     if asked:
         return (
-            f"{path}: this pickle asks to run code ({asked[1]}), which tensors never need; nothing of it was run. "
+            f"{path}: this pickle asks to run code ({asked[1]}), which tensors never need; nothing of it was "
+            "run. "
             "Octavo reads plain tensors only: get the model as safetensors from a source you trust"
         )
     return f"{path}: not a checkpoint of plain tensors ({_short(error)}); get the model as safetensors"
@@ -80,7 +90,8 @@ class BinSource(Source):
     """A checkpoint of PyTorch pickles: one file, or shards with an index.
 
     Raises:
-        CheckpointError: if a file is damaged or asks to run code, or the index names tensors that are not there.
+        CheckpointError: if a file is damaged or asks to run code, or the index names tensors that are not
+            there.
     """
 
     kind = "bin"
@@ -93,7 +104,9 @@ class BinSource(Source):
             mapped = _is_zip(path)
             for name, tensor in load_tensors(path).items():
                 if tensor.is_sparse or tensor.is_quantized:
-                    raise CheckpointError(f"{path}: tensor {name} is {tensor.layout} {tensor.dtype}, expected a dense one")
+                    raise CheckpointError(
+                        f"{path}: tensor {name} is {tensor.layout} {tensor.dtype}, expected a dense one"
+                    )
                 self._tensors[name] = tensor.detach()
                 if mapped:
                     self._mapped.add(name)

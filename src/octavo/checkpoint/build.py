@@ -1,7 +1,9 @@
-"""A model in memory from a checkpoint that transformers does not read as it is: published 8-bit ones, and GGUF files.
+"""A model in memory from a checkpoint that transformers does not read as it is: published 8-bit ones, and
+GGUF files.
 
-transformers' own `from_pretrained` builds the model; what it is given in place of a file is a dictionary of `Lazy` tensors under
-the names that an Octavo file would have, each read, and quantized if need be, when it is asked for.
+transformers' own `from_pretrained` builds the model; what it is given in place of a file is a dictionary of
+`Lazy` tensors under the names that an Octavo file would have, each read, and quantized if need be, when it is
+asked for.
 
 Example:
     >>> from octavo.checkpoint import open_source
@@ -12,6 +14,7 @@ Example:
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,10 +52,10 @@ def build_model(source: Source, config: OctavoConfig, dtype: torch.dtype, device
         reader = UnitReader(unit, source, skeleton)
         for output in unit.outputs:
             if output.entry is None:
-                state[output.name] = Lazy(lambda r=reader, o=output: r.plain(o))
+                state[output.name] = Lazy(partial(reader.plain, output))
             else:
                 for index, suffix in enumerate(SUFFIXES):
-                    state[f"{output.name}_{suffix}"] = Lazy(lambda r=reader, o=output, i=index: r.packed(o)[i])
+                    state[f"{output.name}_{suffix}"] = Lazy(partial(reader.part, output, index))
     model_config.quantization_config = config.to_dict()
     model = model_class_of(model_config).from_pretrained(
         None, config=model_config, state_dict=state, dtype=dtype, device_map={"": str(device)}
@@ -79,7 +82,8 @@ class Lazy:
 
 
 class UnitReader:
-    """Reads one unit of a checkpoint. Its quantized outputs are kept until each of their three parts has been asked for.
+    """Reads one unit of a checkpoint. Its quantized outputs are kept until each of their three parts has been
+    asked for.
 
     transformers loads from several threads at once; one lock a unit keeps them from quantizing it twice.
     """
@@ -101,6 +105,10 @@ class UnitReader:
                 self.kept[output.name] = (packed, left - 1)
             return packed
 
+    def part(self, output: Any, index: int) -> torch.Tensor:
+        """One of the three parts of a quantized output."""
+        return self.packed(output)[index]
+
     def plain(self, output: Any) -> torch.Tensor:
         """A parameter or buffer that stays in float."""
         value = self._read(output).clone()
@@ -115,7 +123,8 @@ class UnitReader:
             packed = quantize_parameter(stored, output.config, output.name)
         else:
             # The file's own memory is mapped: a model must not depend on the file staying as it is.
-            packed = Packed(*(part.clone() for part in packed[:3]), packed.block_size)
+            qdata, absmax, code, block_size = packed
+            packed = Packed(qdata.clone(), absmax.clone(), code.clone(), block_size)
         self._release()
         return packed
 

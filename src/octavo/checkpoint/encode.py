@@ -1,7 +1,7 @@
 """Quantize one unit of a conversion and write it, matrix by matrix.
 
-The numbers are those of `octavo.quantizer.quantize_parameter` on the whole parameter; a stack of experts is only cut up so that
-one expert at a time is in memory.
+The numbers are those of `octavo.quantizer.quantize_parameter` on the whole parameter; a stack of experts is
+only cut up so that one expert at a time is in memory.
 
 Example:
     >>> from octavo.checkpoint.encode import write_unit
@@ -28,7 +28,8 @@ from .units import Output, Unit
 # Weights compared at a time when the error is measured: 16 MB in float32.
 PANEL_WEIGHTS = 1 << 22
 NOT_FINITE = (
-    "{0} holds NaN or infinity, nothing was written: the checkpoint is damaged, or leave this parameter as it is with --skip {0}"
+    "{0} holds NaN or infinity, nothing was written: the checkpoint is damaged; or leave this parameter as it is "
+    "with --skip {0}"
 )
 
 
@@ -131,9 +132,7 @@ def _write_published(output: Output, unit: Unit, shard: ShardFile, source: Any) 
     return Row(output.name, output.shape, "exact", 0, output.nbytes(packed.absmax.dtype))
 
 
-def _write_matrices(
-    output: Output, count: int, read: Callable[[int], torch.Tensor], shard: ShardFile
-) -> Row:
+def _write_matrices(output: Output, count: int, read: Callable[[int], torch.Tensor], shard: ShardFile) -> Row:
     """Quantize `count` matrices [N, K], each with its own codebook and all with one type of scales."""
     scales = _scale_dtype(count, read, output.config)
     fixed = replace(output.config, scales="float16" if scales == torch.float16 else "float32")
@@ -166,7 +165,9 @@ def _scale_dtype(count: int, read: Callable[[int], torch.Tensor], config: Octavo
         return SCALE_DTYPES[config.scales]
     if config.codebook == "dynamic":
         return torch.float32
-    types = {ops.scale_dtype(_computable(read(index)), config.block_size) for index in range(count)}
+    size = config.block_size
+    assert size is not None  # OctavoConfig fills it in
+    types = {ops.scale_dtype(_computable(read(index)), size) for index in range(count)}
     return torch.float32 if torch.float32 in types else torch.float16
 
 

@@ -9,5 +9,6 @@ Example:
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, converted or written.
 
-    Its message is one line for a person: it names the file or tensor, says what was expected and found, and what to do.
+    Its message is one line for a person: it names the file or tensor, says what was expected and found, and
+        what to do.
     """

@@ -1,8 +1,9 @@
 """Read GGUF files (llama.cpp) as float32, under transformers' names.
 
-The file is memory-mapped, each tensor is de-quantized when it is read. What differs between llama.cpp and transformers, names
-and layouts (permuted heads, offset norms, fused experts), is undone by transformers' own GGUF support, tensor by tensor:
-its newer table of weight transforms where that knows the architecture, its tensor processors otherwise.
+The file is memory-mapped, each tensor is de-quantized when it is read. What differs between llama.cpp and
+transformers, names and layouts (permuted heads, offset norms, fused experts), is undone by transformers' own
+GGUF support, tensor by tensor: its newer table of weight transforms where that knows the architecture, its
+tensor processors otherwise.
 
 Example:
     >>> from octavo.checkpoint import open_source
@@ -14,26 +15,26 @@ Example:
 import mmap
 import warnings
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .errors import CheckpointError
+from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from .source import Source, TensorInfo
-
-MAGIC = b"GGUF"
 
 
 class GgufSource(Source):
     """A GGUF file.
 
-    `tensors` gives the names that `transforms` start from: transformers' own for most architectures, the file's for those of
-    transformers' newer GGUF reader.
+    `tensors` gives the names that `transforms` start from: transformers' own for most architectures, the
+    file's for those of transformers' newer GGUF reader.
 
     Raises:
-        CheckpointError: if the file is damaged, or of an architecture that transformers does not read from GGUF.
+        CheckpointError: if the file is damaged, or of an architecture that transformers does not read from
+            GGUF.
     """
 
     kind = "gguf"
@@ -41,17 +42,18 @@ class GgufSource(Source):
     def __init__(self, path: Path):
         super().__init__(path.parent, [path])
         self.path = path
-        self._reader = _open_reader(path)
-        field = self._reader.get_field("general.architecture")
-        if field is None:
+        self.header = read_gguf_header(path)
+        architecture = self.header.metadata.get("general.architecture")
+        if not isinstance(architecture, str):
             raise CheckpointError(f"{path}: no general.architecture in its metadata; not a language model")
-        self.architecture = field.contents()
+        self.architecture: str = architecture
+        self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
         # Converted name → the file's tensors that make it up.
-        self._parts: dict[str, list[Any]] = {}
+        self._parts: dict[str, list[GgufTensor]] = {}
         if self._has_transforms():
-            for tensor in self._reader.tensors:
+            for tensor in self.header.tensors:
                 self._parts[tensor.name] = [tensor]
-                self._add(tensor.name, tuple(int(n) for n in reversed(tensor.shape)))
+                self._add(tensor.name, tensor.shape)
         else:
             self._map_names()
 
@@ -63,8 +65,8 @@ class GgufSource(Source):
         return self.architecture in GGUF_ARCHS
 
     def _add(self, name: str, shape: tuple[int, ...]) -> None:
-        nbytes = sum(int(tensor.n_bytes) for tensor in self._parts[name])
-        kinds = "+".join(dict.fromkeys(tensor.tensor_type.name for tensor in self._parts[name]))
+        nbytes = sum(tensor.nbytes for tensor in self._parts[name])
+        kinds = "+".join(dict.fromkeys(tensor.type.name for tensor in self._parts[name]))
         self.tensors[name] = TensorInfo(name, shape, torch.float32, nbytes, self.path.name, kinds)
 
     def _map_names(self) -> None:
@@ -77,7 +79,7 @@ class GgufSource(Source):
             self._names = get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
-        for tensor in self._reader.tensors:
+        for tensor in self.header.tensors:
             name = self._target(tensor.name)
             if name is None:
                 self.dropped.append(tensor.name)
@@ -86,7 +88,9 @@ class GgufSource(Source):
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         for name, parts in self._parts.items():
             if name not in shapes:
-                raise CheckpointError(f"{self.path}: tensor {parts[0].name} has no place in a {type(model).__name__}")
+                raise CheckpointError(
+                    f"{self.path}: tensor {parts[0].name} has no place in a {type(model).__name__}"
+                )
             self._add(name, shapes[name])
 
     def _target(self, name: str) -> str | None:
@@ -94,11 +98,17 @@ class GgufSource(Source):
         return self._names.get(name) or self._names.get(name.removesuffix(".weight"))
 
     @cached_property
-    def _processor(self) -> Any:
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
+    def _parsed_config(self) -> dict[str, Any]:
+        """The configuration that transformers' older reader makes of the metadata. Slow: it reads the vocabulary too."""
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-        parsed = load_gguf_checkpoint(str(self.path), return_tensors=False)
-        return TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=parsed["config"])
+        return load_gguf_checkpoint(str(self.path), return_tensors=False)["config"]
+
+    @cached_property
+    def _processor(self) -> Any:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        return TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=self._parsed_config)
 
     def model_config(self) -> Any:
         return self._model_config
@@ -108,12 +118,15 @@ class GgufSource(Source):
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(str(self.folder), gguf_file=self.path.name)
-        except (ValueError, KeyError, NotImplementedError, OSError) as error:
+            if self._has_transforms():
+                config = AutoConfig.from_pretrained(str(self.folder), gguf_file=self.path.name)
+            else:
+                config = AutoConfig.for_model(**self._parsed_config)
+        except (ValueError, KeyError, TypeError, IndexError, NotImplementedError, OSError) as error:
             raise CheckpointError(
                 f"{self.path}: transformers cannot read a GGUF of architecture {self.architecture!r}: {error}"
             ) from error
-        config.dtype = _float_type(self._reader)
+        config.dtype = _float_type(self.header)
         return config
 
     @cached_property
@@ -123,7 +136,8 @@ class GgufSource(Source):
 
         config = self._model_config.to_diff_dict()
         if not config.get("architectures"):
-            config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(self._model_config)].__name__]
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._model_config)]
+            config["architectures"] = [model_class.__name__]
         return config
 
     def transforms(self, config: Any) -> list[Any] | None:
@@ -135,8 +149,6 @@ class GgufSource(Source):
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in float32, de-quantized."""
-        import numpy as np
-
         if self._has_transforms():
             return torch.from_numpy(np.array(self._dequantize(self._parts[name][0])))
         # Processors that put several tensors of the file into one leave it in `gathered`.
@@ -151,22 +163,26 @@ class GgufSource(Source):
             if result.name is not None:
                 return torch.from_numpy(np.array(result.weights, dtype=np.float32, order="C"))
         if name not in gathered["tensors"]:
-            raise CheckpointError(f"{self.path}: transformers does not read {name} from this GGUF architecture")
+            raise CheckpointError(
+                f"{self.path}: transformers does not read {name} from this GGUF architecture"
+            )
         return gathered["tensors"][name]
 
-    def _dequantize(self, part: Any) -> Any:
+    def _dequantize(self, part: GgufTensor) -> np.ndarray:
+        """float32 of the tensor's shape."""
         from gguf.quants import dequantize
 
+        packed = self._bytes[part.offset : part.offset + part.nbytes]
         try:
-            return dequantize(part.data, part.tensor_type)
+            return dequantize(packed.reshape(*part.shape[:-1], -1), part.type)
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{self.path}: tensor {part.name} has the type {part.tensor_type}, which the gguf package cannot "
+                f"{self.path}: tensor {part.name} has the type {part.type.name}, which the gguf package cannot "
                 "de-quantize; `pip install -U gguf`, or take another quantization of the model"
             ) from error
 
     def release(self, name: str) -> None:
-        mapped = getattr(self._reader.data, "_mmap", None)
+        mapped = getattr(self._bytes, "_mmap", None)
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -175,47 +191,27 @@ class GgufSource(Source):
         return []
 
     def save_auxiliary(self, out: Path) -> list[str]:
-        """Convert the tokenizer inside the file and save it; a warning if transformers cannot: the weights are good without."""
+        """Convert the tokenizer inside the file and save it.
+
+        A warning if transformers cannot: the weights are good without it.
+        """
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.folder), gguf_file=self.path.name)
         except (ValueError, KeyError, TypeError, NotImplementedError, OSError) as error:
             warnings.warn(
-                f"{self.path}: transformers cannot convert its tokenizer ({type(error).__name__}: {error}); copy the original "
-                "model's tokenizer.json and tokenizer_config.json beside the converted weights",
+                f"{self.path}: transformers cannot convert its tokenizer ({type(error).__name__}: {error}); "
+                "copy the original model's tokenizer.json and tokenizer_config.json beside the converted weights",
                 stacklevel=2,
             )
             return []
         return sorted(Path(name).name for name in tokenizer.save_pretrained(str(out)))
 
 
-def _open_reader(path: Path) -> Any:
-    from gguf import GGUFReader
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != MAGIC:
-        raise CheckpointError(f"{path}: expected a GGUF file, found one that begins with {magic!r}")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or truncated at {size} bytes ({error}); download it again"
-        ) from error
-    for tensor in reader.tensors:
-        end = int(tensor.data_offset) + int(tensor.n_bytes)
-        if end > size or prod(int(n) for n in tensor.shape) != int(tensor.n_elements):
-            raise CheckpointError(
-                f"{path} is truncated: tensor {tensor.name} ends at byte {end}, the file has {size}; download it again"
-            )
-    return reader
-
-
-def _float_type(reader: Any) -> torch.dtype:
+def _float_type(header: GgufHeader) -> torch.dtype:
     """The type the model was kept in: that of a file without quantized tensors, else float32."""
-    kinds = {tensor.tensor_type.name for tensor in reader.tensors}
+    kinds = {tensor.type.name for tensor in header.tensors}
     for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
         if kinds <= {name, "F32"} and name in kinds:
             return dtype

@@ -1,6 +1,7 @@
 """The index of a sharded checkpoint: `model.safetensors.index.json`, `pytorch_model.bin.index.json`.
 
-    {"metadata": {"total_size": 123}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors", ...}}
+    {"metadata": {"total_size": 123}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors",
+    ...}}
 
 Example:
     >>> from octavo.checkpoint.index import read_index
@@ -31,7 +32,9 @@ def read_index(path: Path) -> dict[str, str]:
     for name in names:
         # The index is data: it must not make us read files elsewhere.
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{path}: names the file {name!r}; expected plain file names of its own folder")
+            raise CheckpointError(
+                f"{path}: names the file {name!r}; expected plain file names of its own folder"
+            )
     return weight_map
 
 
@@ -65,5 +68,6 @@ def check_against_index(path: Path, found: dict[str, str], ignore: Iterable[str]
     if absent:
         raise CheckpointError(
             f"{path} names {len(absent)} tensors that are not in their files: "
-            f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}; the files belong to different downloads"
+            f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}; the files belong to different "
+            "downloads"
         )

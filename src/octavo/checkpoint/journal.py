@@ -1,12 +1,12 @@
 """What an interrupted conversion has done: a file of JSON lines in the unfinished folder.
 
-The first line says what is converted and how; each further line is one unit whose data is safely on the disk, or one file that is
-whole. A line is written only after the data it speaks of is synced, so whatever the journal says can be relied on after a crash,
-and a last line cut in half is ignored.
+The first line says what is converted and how; each further line is one unit whose data is safely on the disk,
+or one file that is whole. A line is written only after the data it speaks of is synced, so whatever the
+journal says can be relied on after a crash, and a last line cut in half is ignored.
 
     {"octavo": 1, "source": "9f2c...", "options": {...}, "plan": "77ab..."}
-    {"unit": 0, "shard": 0, "tensors": [["model.embed_tokens.weight_code", "F32", [256], 0, 1024], ...], "rows": [...]}
-    {"shard": 0, "whole": true}
+    {"unit": 0, "shard": 0, "tensors": [["model.embed_tokens.weight_code", "F32", [256], 0, 1024], ...],
+    "rows": [...]} {"shard": 0, "whole": true}
 
 Example:
     >>> from octavo.checkpoint.journal import Journal
@@ -57,11 +57,19 @@ class Journal:
         lines, length = _read(folder / NAME)
         again = "finish it with the same command, or start anew with --overwrite"
         if not lines or lines[0].get("octavo") != VERSION:
-            raise CheckpointError(f"{folder}: left by an interrupted conversion whose journal cannot be read; {again}")
-        for key, what in (("source", "from another source"), ("options", "with other options"), ("plan", "otherwise")):
+            raise CheckpointError(
+                f"{folder}: left by an interrupted conversion whose journal cannot be read; {again}"
+            )
+        for key, what in (
+            ("source", "from another source"),
+            ("options", "with other options"),
+            ("plan", "otherwise"),
+        ):
             if lines[0].get(key) != head[key]:
                 found = f" ({lines[0].get(key)}, now {head[key]})" if key == "options" else ""
-                raise CheckpointError(f"{folder}: an interrupted conversion was begun there {what}{found}; {again}")
+                raise CheckpointError(
+                    f"{folder}: an interrupted conversion was begun there {what}{found}; {again}"
+                )
         # A line cut in half by a crash would spoil the next one.
         os.truncate(folder / NAME, length)
         journal = cls(folder / NAME)

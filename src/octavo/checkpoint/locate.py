@@ -40,7 +40,8 @@ def locate(src: str | Path, revision: str | None = None) -> Location:
     """Find the files of a checkpoint.
 
     Args:
-        src: a folder, a file, or a hub id, which is downloaded into the hub's cache (only the files that are needed).
+        src: a folder, a file, or a hub id, which is downloaded into the hub's cache (only the files that are
+            needed).
         revision: branch, tag or commit, for a hub id.
 
     Raises:
@@ -109,7 +110,8 @@ def _locate_in_folder(folder: Path) -> Location:
             f"{folder} holds {len(ggufs)} GGUF files; name one of them: " + ", ".join(p.name for p in ggufs)
         )
     raise CheckpointError(
-        f"{folder}: no weights here; expected model.safetensors, pytorch_model.bin, an index of shards, or a .gguf file"
+        f"{folder}: no weights here; expected model.safetensors, pytorch_model.bin, an index of shards, or a "
+        ".gguf file"
     )
 
 
@@ -125,7 +127,9 @@ def _require_all_shards(folder: Path, found: list[Path]) -> None:
     have = {int(m["number"]) for m in shards if m}
     if len(counts) != 1 or have != set(range(1, counts.pop() + 1)):
         raise CheckpointError(
-            f"{folder}: shards are missing or mixed: found " + ", ".join(p.name for p in found) + "; download again"
+            f"{folder}: shards are missing or mixed: found "
+            + ", ".join(p.name for p in found)
+            + "; download again"
         )
 
 

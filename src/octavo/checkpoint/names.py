@@ -1,8 +1,9 @@
 """From a checkpoint's names to the model's own, as transformers itself maps them.
 
-transformers renames tensors while it loads them, and merges or splits some (experts stored one by one become one 3-D
-parameter). The rules are its `WeightRenaming`s and `WeightConverter`s; they are applied here as
-`transformers.core_model_loading.convert_and_load_state_dict_in_model` does, but to names first and to data group by group.
+transformers renames tensors while it loads them, and merges or splits some (experts stored one by one become
+one 3-D parameter). The rules are its `WeightRenaming`s and `WeightConverter`s; they are applied here as
+`transformers.core_model_loading.convert_and_load_state_dict_in_model` does, but to names first and to data
+group by group.
 
 Example:
     >>> from octavo.checkpoint.names import map_names
@@ -103,7 +104,12 @@ def map_names(model: Any, source: Source) -> Names:
         CheckpointError: if tensors do not combine, or have another shape than the model's.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     rules = source.transforms(model.config)
     if rules is None:
@@ -123,11 +129,25 @@ def map_names(model: Any, source: Source) -> Names:
         if renamed not in expected:
             unexpected.append(name)
             continue
-        group = groups.setdefault(renamed, Group(renamed, converter=by_pattern.get(pattern)))
+        group = groups.setdefault(renamed, Group(renamed, converter=by_pattern.get(pattern or "")))
         group.sources.setdefault(pattern or name, []).append(name)
     for group in groups.values():
         _complete(group, model, source, expected)
     return Names(list(groups.values()), _not_ignored(model, unexpected))
+
+
+def model_names(names: list[str], model: Any) -> dict[str, str]:
+    """Names of parameters in an Octavo checkpoint → the model's own names.
+
+    `octavo quantize` writes the model's own; `save_pretrained` undoes transformers' renamings, where a model has some.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    expected, prefix = model.state_dict(), model.base_model_prefix
+    renamed = {name: rename_source_key(name, renamings, [], prefix, expected)[0] for name in names}
+    return {name: new if new in expected or name not in expected else name for name, new in renamed.items()}
 
 
 def _complete(group: Group, model: Any, source: Source, expected: dict[str, torch.Tensor]) -> None:
@@ -142,10 +162,13 @@ def _complete(group: Group, model: Any, source: Source, expected: dict[str, torc
 
     for name, value in group.realize(model, shape_only).items():
         if name not in expected:
-            raise CheckpointError(f"{source.folder}: {group.source_names[0]} would become {name}, which the model lacks")
+            raise CheckpointError(
+                f"{source.folder}: {group.source_names[0]} would become {name}, which the model lacks"
+            )
         if tuple(value.shape) != tuple(expected[name].shape):
             raise CheckpointError(
-                f"{source.folder}: tensor {group.source_names[0]}: expected shape {list(expected[name].shape)} (config.json), "
+                f"{source.folder}: tensor {group.source_names[0]}: expected shape "
+                f"{list(expected[name].shape)} (config.json), "
                 f"found {list(value.shape)}; the weights and config.json belong to different models"
             )
         group.outputs[name] = tuple(value.shape)
@@ -153,6 +176,10 @@ def _complete(group: Group, model: Any, source: Source, expected: dict[str, torc
 
 def _not_ignored(model: Any, names: list[str]) -> list[str]:
     """Those of `names` that transformers would warn about."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    patterns = [
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    ]
     ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
     return [name for name in names if not ignored.search(name)]

@@ -5,11 +5,12 @@ Beside every quantized `X.weight` (uint8 [out, in]) lie
     X.absmax  float32 [ceil(out * in / 4096)]   scales of blocks of the flattened matrix
     X.code    float32 [256]                     codebook, bitsandbytes' dynamic map of its day
 
-with `weight[o, i] = code[X.weight[o, i]] * absmax[(o * in + i) // 4096]`, and in fine-tuned ones `X.adapter.0.weight` and
-`X.adapter.2.weight`, a linear (for embeddings: a table) down and a linear up, added to the layer's output.
+with `weight[o, i] = code[X.weight[o, i]] * absmax[(o * in + i) // 4096]`, and in fine-tuned ones
+`X.adapter.0.weight` and `X.adapter.2.weight`, a linear (for embeddings: a table) down and a linear up, added
+to the layer's output.
 
-Blocks of 4096 may run across rows. Cut into blocks of gcd(4096, in), each with a copy of its scale, they do not, and hold exactly
-the same weights.
+Blocks of 4096 may run across rows. Cut into blocks of gcd(4096, in), each with a copy of its scale, they do
+not, and hold exactly the same weights.
 
 Example:
     >>> from octavo.checkpoint import open_source
@@ -56,8 +57,9 @@ def _is_quantized(tensors: Mapping[str, TensorInfo], name: str) -> bool:
 class PublishedSource(Source):
     """A published 8-bit checkpoint over the files of `inner`.
 
-    `tensors` lists what the model has: `X.absmax`, `X.code` and adapters are folded into `X.weight` and `adapters`, mask
-    buffers are in `dropped`. `read` de-quantizes; `read_packed` gives the stored bytes, row by row.
+    `tensors` lists what the model has: `X.absmax`, `X.code` and adapters are folded into `X.weight` and
+    `adapters`, mask buffers are in `dropped`. `read` de-quantizes; `read_packed` gives the stored bytes, row
+    by row.
 
     Raises:
         CheckpointError: if scales or codebook do not fit a weight.
@@ -69,7 +71,7 @@ class PublishedSource(Source):
         super().__init__(inner.folder, inner.files)
         self._inner = inner
         tensors = inner.tensors
-        for name, info in tensors.items():
+        for name in tensors:
             if _is_quantized(tensors, name):
                 self.quantized[name] = _flat_block_size(tensors, name)
         bases = [name.removesuffix(".weight") for name in self.quantized]
@@ -105,7 +107,8 @@ class PublishedSource(Source):
         table = down.shape == (rows, up.shape[1]) and up.shape[0] == columns
         if not linear and not table:
             raise CheckpointError(
-                f"{self.folder}: the adapter of {base}, {list(down.shape)} and {list(up.shape)}, does not fit its weight "
+                f"{self.folder}: the adapter of {base}, {list(down.shape)} and {list(up.shape)}, does not "
+                "fit its weight "
                 f"{[rows, columns]}; expected [r, {columns}] and [{rows}, r]"
             )
         self.adapters[base] = (down, up)
@@ -139,8 +142,9 @@ class PublishedSource(Source):
         """A quantized weight in Octavo's layout, exactly the published numbers.
 
         Returns:
-            qdata uint8 [out, in], absmax float32 [out, in / B], code float32 [256] ascending with an exact 0, and
-            B = gcd(4096, in). None where no such form exists (B under 32) and, with a warning, where all 256 codes are
+            qdata uint8 [out, in], absmax float32 [out, in / B], code float32 [256] ascending with an exact 0,
+            and B = gcd(4096, in). None where no such form exists (B under 32) and, with a warning, where all
+            256 codes are
             used and none is 0: `read` it and quantize it as `refit_config` says.
         """
         block = self.block_size(name)
@@ -149,7 +153,8 @@ class PublishedSource(Source):
         canonical = _canonical(*self._stored(name))
         if canonical is None:
             warnings.warn(
-                f"{name}: all 256 entries of its codebook are in use and none is 0; it is de-quantized and quantized anew",
+                f"{name}: all 256 entries of its codebook are in use and none is 0; it is de-quantized and "
+                "quantized anew",
                 stacklevel=2,
             )
             return None
@@ -171,7 +176,9 @@ class PublishedSource(Source):
         code = self._inner.read(f"{base}.code").to(torch.float32).reshape(-1)
         for part, values in (("absmax", absmax), ("code", code)):
             if not torch.isfinite(values).all():
-                raise CheckpointError(f"{self.folder}: {base}.{part} holds NaN or infinity; the file is damaged")
+                raise CheckpointError(
+                    f"{self.folder}: {base}.{part} holds NaN or infinity; the file is damaged"
+                )
         return self._inner.read(name), absmax, code
 
     def release(self, name: str) -> None:
@@ -196,15 +203,20 @@ def _flat_block_size(tensors: Mapping[str, TensorInfo], name: str) -> int:
     base = name.removesuffix(".weight")
     info, absmax, code = tensors[name], tensors[f"{base}.absmax"], tensors[f"{base}.code"]
     if len(info.shape) != 2:
-        raise CheckpointError(f"{info.file}: {name}: expected an 8-bit matrix, found shape {list(info.shape)}")
+        raise CheckpointError(
+            f"{info.file}: {name}: expected an 8-bit matrix, found shape {list(info.shape)}"
+        )
     if math.prod(code.shape) != CODES:
-        raise CheckpointError(f"{info.file}: {base}.code: expected {CODES} entries, found shape {list(code.shape)}")
+        raise CheckpointError(
+            f"{info.file}: {base}.code: expected {CODES} entries, found shape {list(code.shape)}"
+        )
     count, blocks = math.prod(info.shape), math.prod(absmax.shape)
     for size in BLOCK_SIZES:
         if -(-count // size) == blocks:
             return size
     raise CheckpointError(
-        f"{info.file}: {base}.absmax: expected {-(-count // 4096)} scales, one for each 4096 weights of {list(info.shape)}, "
+        f"{info.file}: {base}.absmax: expected {-(-count // 4096)} scales, one for each 4096 weights of "
+        f"{list(info.shape)}, "
         f"found {blocks}"
     )
 

@@ -1,4 +1,5 @@
-"""What is in a checkpoint: which parameters are in 8 bits, their size, and their error against another checkpoint.
+"""What is in a checkpoint: which parameters are in 8 bits, their size, and their error against another
+checkpoint.
 
 Works from headers; data is read only where errors are asked for, one parameter at a time.
 
@@ -10,6 +11,7 @@ Example:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from ..config import OctavoConfig, stored_block_size
 from ..model import plan_model
 from .encode import PANEL_WEIGHTS
 from .errors import CheckpointError
-from .names import Group, map_names
+from .names import map_names, model_names
 from .skeleton import build_skeleton
 from .source import Source, open_source
 
@@ -33,7 +35,9 @@ class Item:
     """One parameter as it is stored.
 
     Attributes:
-        name, shape: as stored; rows are outputs.
+        name: its name in the model.
+        stored: its name in the file.
+        shape: as stored; rows are outputs.
         kind: "8-bit", or the type it has in float.
         nbytes: bytes it takes, scales and codebook included.
         block_size: weights that share a scale; None in float.
@@ -42,7 +46,7 @@ class Item:
         power: Σw², what errors are pooled with.
     """
 
-    name: str
+    stored: str
     shape: tuple[int, ...]
     kind: str
     nbytes: int
@@ -50,6 +54,7 @@ class Item:
     scales: str | None = None
     error: float | None = None
     power: float = 0.0
+    name: str = ""
 
     @property
     def weights(self) -> int:
@@ -143,6 +148,7 @@ def report(model: str | Path, against: str | Path | None = None) -> Report:
             found = _report_octavo(str(model), source)
         else:
             found = _report_other(str(model), source)
+        _name(found.items, source, skeleton)
         _add_coverage(found, source, skeleton)
         if against is not None:
             found.against = str(against)
@@ -152,8 +158,9 @@ def report(model: str | Path, against: str | Path | None = None) -> Report:
 
 
 def _config(source: Source) -> OctavoConfig:
-    packed = source.config.get("quantization_config")
-    return OctavoConfig.from_dict(packed) if source.kind == "octavo" else OctavoConfig()
+    if source.kind != "octavo":
+        return OctavoConfig()
+    return OctavoConfig.from_dict(source.config["quantization_config"])
 
 
 def _report_octavo(model: str, source: Source) -> Report:
@@ -182,6 +189,7 @@ def _octavo_item(name: str, source: Source, config: OctavoConfig) -> Item:
     ):
         found = ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in (qdata, absmax, code))
         raise CheckpointError(f"{source.folder}: {name}: these parts do not belong together: {found}")
+    assert config.block_size is not None  # OctavoConfig fills it in
     try:
         block_size = stored_block_size(qdata.shape[-1], absmax.shape[-1], config.block_size)
     except ValueError as error:
@@ -229,6 +237,17 @@ def _add_coverage(found: Report, source: Source, skeleton: Any) -> None:
     found.coverage = done / total if total else 1.0
 
 
+def _name(items: list[Item], source: Source, skeleton: Any) -> None:
+    """Give items the model's names; `stored` keeps the file's."""
+    if source.kind == "octavo":
+        names = model_names([item.stored for item in items], skeleton)
+    else:
+        groups = map_names(skeleton, source).groups
+        names = {group.source_names[0]: group.first for group in groups if group.converter is None}
+    for item in items:
+        item.name = names.get(item.stored, item.stored)
+
+
 def _compare(found: Report, source: Source, other: Source, skeleton: Any) -> None:
     """Fill in the errors of quantized parameters against another checkpoint of the model."""
     if other.kind == "octavo":
@@ -236,56 +255,50 @@ def _compare(found: Report, source: Source, other: Source, skeleton: Any) -> Non
     plan = plan_model(skeleton, _config(source))
     entries = {name: entry for entry in plan.entries.values() for name in (entry.name, *entry.aliases)}
     groups = {name: group for group in map_names(skeleton, other).groups for name in group.outputs}
-    ours = {} if source.kind == "octavo" else {n: g for g in map_names(skeleton, source).groups for n in g.outputs}
-    stored_names = {name: name for name in groups} if source.kind == "octavo" else _by_source_name(ours)
     for item in found.quantized:
-        name = stored_names.get(item.name, item.name)
-        entry = entries.get(name)
-        aliases = (entry.name, *entry.aliases) if entry else (name,)
-        group = next((groups[alias] for alias in aliases if alias in groups), None)
-        if group is None:
-            raise CheckpointError(f"{other.folder} has no {name}; expected a checkpoint of the same model")
-        _compare_item(item, source, other, group, skeleton, bool(entry and entry.transposed))
+        entry = entries.get(item.name)
+        aliases = (entry.name, *entry.aliases) if entry else (item.name,)
+        alias = next((alias for alias in aliases if alias in groups), None)
+        if alias is None:
+            raise CheckpointError(
+                f"{other.folder} has no {item.name}; expected a checkpoint of the same model"
+            )
+        group = groups[alias]
+        weight = group.realize(skeleton, other.read)[alias]
+        _compare_item(item, weight.mT if entry and entry.transposed else weight, source)
+        for name in group.source_names:
+            other.release(name)
 
 
-def _by_source_name(groups: dict[str, Group]) -> dict[str, str]:
-    return {group.source_names[0]: name for name, group in groups.items()}
-
-
-def _compare_item(
-    item: Item, source: Source, other: Source, group: Group, skeleton: Any, transposed: bool
-) -> None:
-    made = group.realize(skeleton, other.read)
-    theirs = next(made[name] for name in made if name in (item.name, group.first) or len(made) == 1)
-    theirs = theirs.mT if transposed else theirs
-    if tuple(theirs.shape) != tuple(item.shape):
-        raise CheckpointError(
-            f"{other.folder}: {item.name}: expected shape {list(item.shape)}, found {list(theirs.shape)}"
-        )
-    columns = item.shape[-1]
-    theirs = theirs.reshape(-1, *item.shape[-2:])
+def _compare_item(item: Item, weight: torch.Tensor, source: Source) -> None:
+    """Measure one parameter's error against `weight`, rows being outputs, panel by panel."""
+    if tuple(weight.shape) != tuple(item.shape):
+        raise CheckpointError(f"{item.name}: expected shape {list(item.shape)}, found {list(weight.shape)}")
+    dense = _reader(item, source)
+    step = max(1, PANEL_WEIGHTS // item.shape[-1])
     error = power = 0.0
-    for index, matrix in enumerate(theirs):
-        step = max(1, PANEL_WEIGHTS // columns)
+    for index, matrix in enumerate(weight.reshape(-1, *item.shape[-2:])):
         for start in range(0, matrix.shape[0], step):
-            panel = matrix[start : start + step].to(torch.float32)
-            kept = _dense(item, source, index, slice(start, start + step))
-            error += torch.linalg.vector_norm(panel - kept, dtype=torch.float64).item() ** 2
+            rows = slice(start, start + step)
+            panel = matrix[rows].to(torch.float32)
+            error += torch.linalg.vector_norm(panel - dense(index, rows), dtype=torch.float64).item() ** 2
             power += torch.linalg.vector_norm(panel, dtype=torch.float64).item() ** 2
-    for name in group.source_names:
-        other.release(name)
-    for suffix in SUFFIXES:
-        if f"{item.name}_{suffix}" in source.tensors:
-            source.release(f"{item.name}_{suffix}")
     item.error = error / power if power else 0.0
     item.power = power
+    for suffix in SUFFIXES:
+        if f"{item.stored}_{suffix}" in source.tensors:
+            source.release(f"{item.stored}_{suffix}")
 
 
-def _dense(item: Item, source: Source, index: int, rows: slice) -> torch.Tensor:
-    """Rows of one matrix of a stored parameter, de-quantized."""
+def _reader(item: Item, source: Source) -> Callable[[int, slice], torch.Tensor]:
+    """A function of the number of a matrix and of its rows: these rows, de-quantized."""
     if source.kind != "octavo":
-        return source.read(item.name)[rows]
-    qdata, absmax, code = (source.read(f"{item.name}_{suffix}") for suffix in SUFFIXES)
-    qdata, absmax = (part.reshape(-1, *part.shape[-2:])[index][rows] for part in (qdata, absmax))
-    assert item.block_size is not None
-    return ops.dequantize(qdata, absmax, code.reshape(-1, 256)[index], item.block_size, torch.float32)
+        whole = source.read(item.stored)
+        return lambda index, rows: whole[rows]
+    qdata, absmax, code = (source.read(f"{item.stored}_{suffix}") for suffix in SUFFIXES)
+    qdata, absmax = (part.reshape(-1, *part.shape[-2:]) for part in (qdata, absmax))
+    code, size = code.reshape(-1, 256), item.block_size
+    assert size is not None
+    return lambda index, rows: ops.dequantize(
+        qdata[index][rows], absmax[index][rows], code[index], size, torch.float32
+    )

@@ -1,7 +1,8 @@
 """Write safetensors files tensor after tensor, without holding one in memory.
 
-The library wants all tensors of a file at once. Here room for the header is left at the front (its length is known from names and
-shapes up to a few digits, and a header may end in spaces), the data follows as it comes, the header is written last.
+The library wants all tensors of a file at once. Here room for the header is left at the front (its length is
+known from names and shapes up to a few digits, and a header may end in spaces), the data follows as it comes,
+the header is written last.
 
 Example:
     >>> import torch
@@ -16,6 +17,7 @@ import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +53,8 @@ class ShardFile:
     Args:
         path: the file; created, or opened to go on.
         room: bytes left for the header, `header_room` of its tensors.
-        rows: what an interrupted run has finished in it: name → (type, shape, begin, end); the rest is cut off.
+        rows: what an interrupted run has finished in it: name → (type, shape, begin, end); the rest is cut
+            off.
     """
 
     def __init__(
@@ -81,7 +84,8 @@ class ShardFile:
             OSError: if the disk is full.
         """
         flat = tensor.detach().contiguous().reshape(-1)
-        data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        array: Any = flat.view(torch.uint8).numpy()
+        data = memoryview(array)
         offset = 8 + self.room + position
         while data:
             written = os.pwrite(self._file, data[:WRITE_AT_ONCE], offset)

@@ -29,7 +29,8 @@ def model_class_of(config: Any) -> Any:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if model_class is None:
         raise CheckpointError(
-            f"config.json: architectures {names}: this transformers ({transformers.__version__}) has no such model; "
+            f"config.json: architectures {names}: this transformers ({transformers.__version__}) has no such "
+            "model; "
             "`pip install -U transformers`"
         )
     return model_class
@@ -48,6 +49,8 @@ def build_skeleton(config: Any) -> Any:
         with torch.device("meta"), initialization.no_init_weights():
             model = model_class(config)
     except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"config.json describes a {model_class.__name__} that cannot be built: {error}") from error
+        raise CheckpointError(
+            f"config.json describes a {model_class.__name__} that cannot be built: {error}"
+        ) from error
     model.tie_weights()
     return model.eval()

@@ -107,7 +107,8 @@ class Source:
         """The transformers configuration object of the model.
 
         Raises:
-            CheckpointError: if this transformers does not know the architecture, or it needs code from the checkpoint.
+            CheckpointError: if this transformers does not know the architecture, or it needs code from the
+                checkpoint.
         """
         from transformers import AutoConfig
 
@@ -116,17 +117,23 @@ class Source:
             return AutoConfig.from_pretrained(str(self.folder))
         except (ValueError, KeyError, OSError) as error:
             raise CheckpointError(
-                f"{self.folder / 'config.json'}: transformers cannot make a model of this: {_first_line(error)}"
+                f"{self.folder / 'config.json'}: transformers cannot make a model of this: "
+                f"{_first_line(error)}"
             ) from error
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, in its stored precision, memory-mapped where the format allows: do not write to it.
+        """The tensor `name`, in its stored precision, memory-mapped where the format allows: do not write to
+        it.
 
         Raises:
             KeyError: if there is no such tensor.
             CheckpointError: if its data cannot be read.
         """
         raise NotImplementedError
+
+    def read_packed(self, name: str) -> Any:
+        """A weight of `quantized` in Octavo's layout, if it has that form exactly, else None."""
+        raise KeyError(name)
 
     def release(self, name: str) -> None:
         """Let go of the memory of `name`'s data; reading it again goes back to the file. A hint: may do nothing."""
@@ -194,8 +201,8 @@ def open_source(src: str | Path, *, revision: str | None = None) -> Source:
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        CheckpointError: if nothing is found there, files are missing, damaged or dangerous, or the weights are
-            quantized by something else than Octavo.
+        CheckpointError: if nothing is found there, files are missing, damaged or dangerous, or the weights
+            are quantized by something else than Octavo.
     """
     location = locate(src, revision)
     if location.format == "gguf":
@@ -220,7 +227,7 @@ def open_source(src: str | Path, *, revision: str | None = None) -> Source:
 
 
 def _quantization_kind(location: Location) -> str | None:
-    """"octavo", None for plain weights; an error for weights packed by something else."""
+    """ "octavo", None for plain weights; an error for weights packed by something else."""
     if not (location.folder / "config.json").exists():
         return None
     packed = read_config(location.folder).get("quantization_config")

@@ -1,11 +1,13 @@
 """Convert a checkpoint to Octavo's format, tensor by tensor.
 
-Which parameters are quantized is decided on a model without weights, exactly as for a live one. What will be written, and where, is
-known from shapes before any data is read. Each tensor is then read in its own precision, quantized, and written straight to
+Which parameters are quantized is decided on a model without weights, exactly as for a live one. What will be
+written, and where, is known from shapes before any data is read. Each tensor is then read in its own
+precision, quantized, and written straight to
 its file: memory holds a few times the largest tensor, never the model.
 
-Work happens in `OUT.partial`, with a journal; only when all is on the disk is the folder renamed to `OUT`. The same command, started
-again after a crash, a full disk or Ctrl-C, goes on after the last finished tensor and ends in the same bytes.
+Work happens in `OUT.partial`, with a journal; only when all is on the disk is the folder renamed to `OUT`.
+The same command, started again after a crash, a full disk or Ctrl-C, goes on after the last finished tensor
+and ends in the same bytes.
 
 Example:
     >>> from octavo.checkpoint import convert
@@ -43,7 +45,8 @@ from .source import Source, open_source
 from .units import Unit, UntiedError, plan_units
 
 MAX_SHARD_SIZE = 5_000_000_000
-# A unit's line is written once its data is synced; syncing after every norm would cost more than redoing this much.
+# A unit's line is written once its data is synced; syncing after every norm would cost more than redoing this
+# much.
 SYNC_EVERY = 64 << 20
 # Config files and tokenizer.
 ASIDE_BYTES = 64 << 20
@@ -68,9 +71,10 @@ def convert(
     Args:
         source: what `open_source` takes, or an open source.
         out: the folder to write. It appears when it is whole; until then the work is in `out`.partial.
-        config: how to quantize. Default: `OctavoConfig()`. A published 8-bit checkpoint keeps its own codebooks and scales
-            whatever it says, unless `requantize`.
-        overwrite: replace `out`, once the new one is whole; and discard an interrupted conversion that does not match.
+        config: how to quantize. Default: `OctavoConfig()`. A published 8-bit checkpoint keeps its own
+            codebooks and scales whatever it says, unless `requantize`.
+        overwrite: replace `out`, once the new one is whole; and discard an interrupted conversion that does
+            not match.
         max_shard_size: bytes a file of weights takes at most.
         requantize: de-quantize a published 8-bit checkpoint and quantize it anew as `config` says.
         progress: called with bytes read so far, bytes to read, and the parameter at hand.
@@ -79,9 +83,10 @@ def convert(
         ConvertResult: sizes, error, a row for each parameter.
 
     Raises:
-        CheckpointError: if the source is damaged, holds NaN or infinity, or is in Octavo's format already; if `out` is
-            in the way; if the disk is full (what is done stays, to be gone on with).
-        octavo.model.CoverageError: if more than 1 % of the matrices would stay in float without having been skipped.
+        CheckpointError: if the source is damaged, holds NaN or infinity, or is in Octavo's format already; if
+            `out` is in the way; if the disk is full (what is done stays, to be gone on with).
+        octavo.model.CoverageError: if more than 1 % of the matrices would stay in float without having been
+        skipped.
     """
     if not isinstance(source, Source):
         with open_source(source) as opened:
@@ -110,7 +115,9 @@ class _Conversion:
         requantize: bool,
     ):
         if source.kind == "octavo":
-            raise CheckpointError(f"{source.folder} is already quantized by Octavo; give the original checkpoint")
+            raise CheckpointError(
+                f"{source.folder} is already quantized by Octavo; give the original checkpoint"
+            )
         self.source, self.out, self.overwrite = source, out, overwrite
         self.partial = out.with_name(out.name + ".partial")
         self._check_out()
@@ -137,7 +144,9 @@ class _Conversion:
         if here == self.source.folder.resolve() or here in self.source.folder.resolve().parents:
             raise CheckpointError(f"{self.out} holds the source itself; give another folder to write")
         if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
-            raise CheckpointError(f"{self.out} is not empty; give another folder, or --overwrite to replace it")
+            raise CheckpointError(
+                f"{self.out} is not empty; give another folder, or --overwrite to replace it"
+            )
 
     def _plan(self, requantize: bool) -> None:
         model_config = self.source.model_config()
@@ -227,7 +236,8 @@ class _Conversion:
         free = shutil.disk_usage(self.partial.parent).free if free is None else free
         kept = f" What is done is kept in {self.partial}." if self.partial.exists() else ""
         return CheckpointError(
-            f"{self.out}: the disk is full: {_mb(self._needed())} more are needed, {_mb(free)} are free.{kept} Make room "
+            f"{self.out}: the disk is full: {_mb(self._needed())} more are needed, {_mb(free)} are "
+            f"free.{kept} Make room "
             "and run the same command again, or write to another disk"
         )
 
@@ -308,7 +318,9 @@ class _Conversion:
 
     def _float_type(self) -> str:
         """The type most of the source's float tensors have."""
-        kinds = Counter(str(info.dtype) for info in self.source.tensors.values() if info.dtype.is_floating_point)
+        kinds = Counter(
+            str(info.dtype) for info in self.source.tensors.values() if info.dtype.is_floating_point
+        )
         return kinds.most_common(1)[0][0] if kinds else "float32"
 
     def _write_index(self) -> None:

@@ -1,13 +1,14 @@
 """What a conversion writes, decided before any data is read: units, their outputs, their sizes.
 
-A unit is what is read, quantized and written at once: usually one parameter. Its outputs are named as in the model; a quantized
-one `P` becomes `P_qdata`, `P_absmax`, `P_code`.
+A unit is what is read, quantized and written at once: usually one parameter. Its outputs are named as in the
+model; a quantized one `P` becomes `P_qdata`, `P_absmax`, `P_code`.
 
 Example:
     >>> from octavo.checkpoint.units import plan_units
     >>> units = plan_units(model, source, config, plan)  # doctest: +SKIP
     >>> units[0].outputs[0].pieces(torch.float16)  # doctest: +SKIP
-    [('lm_head.weight_code', torch.float32, (256,)), ('lm_head.weight_absmax', ...), ('lm_head.weight_qdata', ...)]
+    [('lm_head.weight_code', torch.float32, (256,)), ('lm_head.weight_absmax', ...), ('lm_head.weight_qdata',
+    ...)]
 """
 
 import math
@@ -37,7 +38,8 @@ class Output:
 
     Attributes:
         name: its name in the model.
-        made: its name among what its group makes; differs from `name` for a tied weight stored under its other name.
+        made: its name among what its group makes; differs from `name` for a tied weight stored under its
+            other name.
         shape: its shape in the model.
         dtype: its type, if it stays in float.
         entry: how it is quantized; None if it is not.
@@ -96,7 +98,9 @@ class Unit:
     def aligned(self) -> bool:
         """Whether what follows it in a file stays on 8 bytes, with either type of scales."""
         return all(
-            output.nbytes(scales) % 8 == 0 for output in self.outputs for scales in (torch.float16, torch.float32)
+            output.nbytes(scales) % 8 == 0
+            for output in self.outputs
+            for scales in (torch.float16, torch.float32)
         )
 
 
@@ -108,6 +112,7 @@ def piece_nbytes(piece: Piece) -> int:
 def blocks_per_row(columns: int, config: OctavoConfig) -> int:
     """Scales that `octavo.quantizer.quantize_parameter` makes for a row of `columns` weights."""
     size = config.block_size
+    assert size is not None  # OctavoConfig fills it in
     shared = math.gcd(size, columns)
     if config.codebook == "dynamic" and columns % size and shared >= SHORTEST_REPEATED_BLOCK:
         return columns // shared
@@ -127,7 +132,8 @@ def plan_units(
         requantize: quantize the weights of a published 8-bit checkpoint anew instead of keeping their bytes.
 
     Returns:
-        The units, those that keep alignment first; and names in the checkpoint that the model has no place for.
+        The units, those that keep alignment first; and names in the checkpoint that the model has no place
+        for.
 
     Raises:
         CheckpointError: if parameters of the model are missing from the checkpoint.
@@ -166,11 +172,15 @@ def _keep_published(output: Output, group: Group, source: Any) -> None:
     if name not in source.quantized:
         return
     output.config = source.refit_config(name)
-    output.exact = group.converter is None and not output.entry.transposed and source.block_size(name) is not None
+    output.exact = (
+        group.converter is None
+        and not (output.entry and output.entry.transposed)
+        and source.block_size(name) is not None
+    )
     if not output.exact:
         warnings.warn(
-            f"{name}: rows of {output.shape[-1]} weights cut its blocks of {source.quantized[name]} too short to repeat "
-            "their scales; it is de-quantized and quantized anew",
+            f"{name}: rows of {output.shape[-1]} weights cut its blocks of {source.quantized[name]} too short to "
+            "repeat their scales; it is de-quantized and quantized anew",
             stacklevel=3,
         )
 
@@ -184,7 +194,7 @@ def _canonical_names(
     tied: dict[str, str], made: set[str], groups: list[Group], source: Source, model: Any
 ) -> dict[str, str]:
     """Other name under which a tied weight is written; "" for one that is there twice and is written once."""
-    canonical = {}
+    canonical: dict[str, str] = {}
     for target, origin in tied.items():
         if target not in made:
             continue
@@ -228,7 +238,9 @@ def _check_missing(
     ]
     if missing:
         raise CheckpointError(
-            f"{source.folder}: {len(missing)} of the {len(parameters)} parameters of a {type(model).__name__} are not in the "
-            f"checkpoint: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; config.json belongs to another model, "
+            f"{source.folder}: {len(missing)} of the {len(parameters)} parameters of a "
+            f"{type(model).__name__} are not in the "
+            f"checkpoint: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; config.json belongs "
+            "to another model, "
             "or files are missing"
         )

@@ -17,14 +17,18 @@ def inspect(
     ],
     against: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="The original checkpoint: measure each weight's error against it."),
+        typer.Option(
+            metavar="SOURCE", help="The original checkpoint: measure each weight's error against it."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, one entry a parameter, as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Everything, one entry a parameter, as JSON.")
+    ] = False,
 ) -> None:
     """Show what of MODEL is in 8 bits, its size, and with --against its error.
 
-    Reads headers only, and data only to measure errors, one parameter at a time. Parameters that differ in the number of
-    their layer share a line; --json lists each.
+    Reads headers only, and data only to measure errors, one parameter at a time. Parameters that differ in
+    the number of their layer share a line; --json lists each.
 
     Examples:
 
@@ -87,15 +91,22 @@ def _show(found) -> None:
     if found.quantized:
         scales = " and ".join(sorted({item.scales for item in found.quantized}))
         console.print(
-            f"{found.bits_per_weight:.3f} bits per quantized weight ({scales} scales); {found.coverage:.1%} of the matrices are in 8 bits",
+            f"{found.bits_per_weight:.3f} bits per quantized weight ({scales} scales); {found.coverage:.1%} "
+            "of the matrices are in 8 bits",
             highlight=False,
         )
     if found.skipped:
-        console.print(f"left in float on purpose: {', '.join(found.skipped)}", soft_wrap=True, highlight=False)
+        console.print(
+            f"left in float on purpose: {', '.join(found.skipped)}", soft_wrap=True, highlight=False
+        )
     if found.quantized and found.left:
         console.print(f"[yellow]left in float:[/] {', '.join(found.left)}", soft_wrap=True, highlight=False)
     if found.error is not None:
-        console.print(f"weight error ‖w−ŵ‖²/‖w‖² against {found.against}: {found.error:.2e}", soft_wrap=True, highlight=False)
+        console.print(
+            f"weight error ‖w−ŵ‖²/‖w‖² against {found.against}: {found.error:.2e}",
+            soft_wrap=True,
+            highlight=False,
+        )
     if not found.quantized:
         console.print(f"Next:  octavo quantize {found.model} OUT", soft_wrap=True, highlight=False)
 

@@ -35,7 +35,12 @@ def quantize(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write. It appears when it is whole.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The folder to write. It appears when it is whole.", show_default=False
+        ),
+    ],
     codebook: Annotated[
         Codebook | None,
         typer.Option(
@@ -61,14 +66,18 @@ def quantize(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole; discard unfinished work that differs.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace OUT once the new one is whole; discard unfinished work that differs."
+        ),
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights: 5GB, 500MB, ...")] = "5GB",
 ) -> None:
     """Convert SOURCE to 8 bits and write it to OUT.
 
-    Weights are read one at a time in their own precision, so memory holds a few times the largest one, never the model.
-    Interrupted, by Ctrl-C or a full disk, the same command goes on where it stopped and ends in the same bytes.
+    Weights are read one at a time in their own precision, so memory holds a few times the largest one, never
+    the model. Interrupted, by Ctrl-C or a full disk, the same command goes on where it stopped and ends in
+    the same bytes.
 
     A published 8-bit checkpoint keeps its numbers exactly, unless --codebook or --block-size asks for others.
 
@@ -82,41 +91,42 @@ def quantize(
     """
     size = parse_size(max_shard_size)
 
+    import warnings
+
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from octavo.checkpoint import convert, open_source
     from octavo.config import OctavoConfig
 
+    from .progress import bytes_progress
+
     messages = Console(stderr=True)
-    config = OctavoConfig(codebook=codebook.value if codebook else "fitted", block_size=block_size, skip=skip or [])
-    bar = Progress(
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=messages,
-        transient=True,
+    config = OctavoConfig(
+        codebook=codebook.value if codebook else "fitted", block_size=block_size, skip=skip or []
     )
     try:
-        with messages.status(f"Opening {source}"):
-            opened = open_source(source)
-        with opened, bar:
-            task = bar.add_task("planning", total=None)
-            result = convert(
-                opened,
-                out,
-                config,
-                overwrite=overwrite,
-                max_shard_size=size,
-                requantize=codebook is not None or block_size is not None,
-                progress=lambda done, total, name: bar.update(
-                    task, completed=done, total=total, description=name or "finishing"
-                ),
+        with warnings.catch_warnings():
+            # Meant for the user as they are, without the file and line they come from.
+            warnings.showwarning = lambda message, *_: messages.print(
+                f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
             )
+            with messages.status(f"Opening {source}"):
+                opened = open_source(source)
+            with opened, bytes_progress(messages) as progress:
+                result = convert(
+                    opened,
+                    out,
+                    config,
+                    overwrite=overwrite,
+                    max_shard_size=size,
+                    requantize=codebook is not None or block_size is not None,
+                    progress=progress,
+                )
     except KeyboardInterrupt:
-        messages.print(f"Stopped. The same command goes on where it stopped; the work so far is in {out}.partial", soft_wrap=True)
+        messages.print(
+            f"Stopped. The same command goes on where it stopped; the work so far is in {out}.partial",
+            soft_wrap=True,
+        )
         raise typer.Exit(130) from None
     _show(result, opened.kind)
 
@@ -144,15 +154,17 @@ def _show(result, kind: str) -> None:
         names = ", ".join(result.unexpected[:3])
         more = ", ..." if len(result.unexpected) > 3 else ""
         console.print(
-            f"\n[yellow]Left out:[/] {len(result.unexpected)} tensors the model has no place for: {names}{more}",
+            f"\n[yellow]Left out:[/] {len(result.unexpected)} tensors the model has no place for: "
+            f"{names}{more}",
             soft_wrap=True,
         )
     if result.dropped and kind == "published":
         console.print(f"\nLeft out: {len(result.dropped)} buffers that are constants (attention masks).")
-    console.print(f"\nNext:  octavo generate {result.out} \"...\"", soft_wrap=True, highlight=False)
+    console.print(f'\nNext:  octavo generate {result.out} "..."', soft_wrap=True, highlight=False)
     if result.adapter:
         console.print(
-            f"The low-rank adapter that came with the weights is in {result.adapter}: add --adapter {result.adapter}",
+            f"The low-rank adapter that came with the weights is in {result.adapter}: add --adapter "
+            f"{result.adapter}",
             soft_wrap=True,
             highlight=False,
         )
