@@ -107,7 +107,7 @@ class UnitReader:
 
     def part(self, output: Any, index: int) -> torch.Tensor:
         """One of the three parts of a quantized output."""
-        return self.packed(output)[index]
+        return self.packed(output)[:3][index]
 
     def plain(self, output: Any) -> torch.Tensor:
         """A parameter or buffer that stays in float."""
