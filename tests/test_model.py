@@ -189,6 +189,12 @@ def test_quantizing_twice_is_an_error():
         octavo.quantize_model(model)
 
 
+def test_what_a_model_never_saves_is_left_alone():
+    model = nn.ModuleDict({"positions": nn.Embedding(128, 64), "layer": nn.Linear(64, 128)})
+    model._keys_to_ignore_on_save = ["positions.weight"]
+    assert quantized(octavo.quantize_model(model)) == {"layer.weight"}
+
+
 def test_progress_is_reported():
     seen = []
     model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))

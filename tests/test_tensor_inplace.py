@@ -86,7 +86,7 @@ def test_changes(change, codebook, transposed, device):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda t: t.mul_(2), lambda t: t.__setitem__(1, 0.5), lambda t: t[1].add_(1)]
+    "change", [lambda t: t.mul_(3), lambda t: t.__setitem__(1, 0.5), lambda t: t[1].add_(1)]
 )
 def test_changes_of_a_stack(change, device):
     t = make(3, 8, 100, device=device)
@@ -119,6 +119,21 @@ def test_a_change_is_fitted_anew(device):
     t.data.copy_(values)
     fresh = OctavoTensor.from_float(values)
     assert torch.equal(t.code, fresh.code) and torch.equal(t.qdata, fresh.qdata)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.mul_(4), lambda t: t.div_(2**3), lambda t: t.mul_(torch.tensor(0.5))]
+)
+def test_powers_of_two_go_into_the_scales_exactly(change, device):
+    t = make(8, 100, device=device)
+    dense, qdata = t.dequantize(), t.qdata.clone()
+    octavo.reset_fallbacks()
+    assert change(t) is t and octavo.fallbacks() == {}
+    assert torch.equal(t.dequantize(), change(dense)) and torch.equal(t.qdata, qdata)
+    small = make(8, 100, device=device).mul_(2**-13)
+    dense = small.dequantize()
+    change(small)
+    assert near(small, change(dense)), "scales that leave float16's range are fitted anew"
 
 
 # --- .data

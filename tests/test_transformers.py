@@ -230,6 +230,30 @@ def test_generate(saved, tmp_path):
     assert torch.equal(found, load("llama", tmp_path).generate(ids, **options)) and found.shape == (1, 11)
 
 
+def test_offloading_to_the_cpu(saved, tmp_path):
+    """accelerate keeps the weights in its own table and puts each into its module while that runs."""
+    accelerate = pytest.importorskip("accelerate")
+    folder, _ = saved("llama")
+    model = load("llama", folder, quantization_config=OctavoConfig())
+    expected = logits(model)
+    accelerate.cpu_offload(
+        model, execution_device=torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    octavo.reset_fallbacks()
+    ids = torch.randint(3, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model(ids).logits
+    assert relative_error(found, expected) < 1e-5 and octavo.fallbacks() == {}
+    with pytest.raises(ValueError, match="cannot be offloaded to disk"):
+        load(
+            "llama",
+            folder,
+            quantization_config=OctavoConfig(),
+            device_map={"model": "cpu", "lm_head": "disk"},
+        )
+
+
 def test_what_a_file_holds(saved, tmp_path):
     from safetensors import safe_open
 
@@ -317,6 +341,21 @@ def test_nan_in_a_checkpoint_names_the_weight(saved, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match=rf"{name} holds NaN or infinity".replace(".", r"\.")):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=OctavoConfig())
+
+
+def test_a_new_layer_has_no_weights_to_quantize(saved):
+    from transformers import AutoModelForSequenceClassification
+
+    folder, _ = saved("llama")
+    options = {"num_labels": 64}
+    with pytest.raises(ValueError, match=r"score\.weight: .*found none.*skip=\['score\.weight'\]"):
+        AutoModelForSequenceClassification.from_pretrained(
+            folder, quantization_config=OctavoConfig(), **options
+        )
+    config = OctavoConfig(skip=["score"])
+    model = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config, **options)
+    assert type(model.score.weight) is torch.nn.Parameter and model.score.weight.requires_grad
+    assert isinstance(model.model.embed_tokens.weight, OctavoTensor)
 
 
 def test_a_skip_pattern_that_matches_nothing(saved):

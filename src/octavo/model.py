@@ -126,11 +126,13 @@ def plan_model(model: nn.Module, config: OctavoConfig, *, within: str = "", stri
             owners.setdefault(id(parameter), (module, parameter))
     if strict:
         _check_patterns(config, [name for group in names.values() for name in group])
+    # Computed, not learned (sinusoidal positions): never in a checkpoint.
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     plan = Plan()
     for key, (name, *aliases) in names.items():
         module, parameter = owners[key]
         count = parameter.numel()
-        why = kept_in_float(module, name, parameter)
+        why = "" if unsaved.issuperset((name, *aliases)) else kept_in_float(module, name, parameter)
         if why != "" and any(skipped(each) for each in (name, *aliases)):
             plan.skipped[name] = count
         elif why is None:

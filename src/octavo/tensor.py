@@ -74,8 +74,21 @@ class OctavoTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"
+        cls,
+        qdata,
+        absmax=None,
+        code=None,
+        block_size=None,
+        dtype=torch.float32,
+        transposed=False,
+        codebook="fitted",
+        requires_grad=False,
     ):
+        if requires_grad:
+            raise RuntimeError(FROZEN)
+        if isinstance(qdata, OctavoTensor):
+            # accelerate's offloading makes a parameter anew: `type(parameter)(value, requires_grad=...)`.
+            return torch.nn.Parameter(qdata, requires_grad=False)
         shape, strides = qdata.shape, qdata.stride()
         if transposed:
             # Contiguous, as the weight is that it stands for (FSDP2 takes no other): strides of floats that do not exist.
@@ -86,8 +99,18 @@ class OctavoTensor(torch.Tensor):
         )
 
     def __init__(
-        self, qdata, absmax, code, block_size, dtype=torch.float32, transposed=False, codebook="fitted"
+        self,
+        qdata,
+        absmax=None,
+        code=None,
+        block_size=None,
+        dtype=torch.float32,
+        transposed=False,
+        codebook="fitted",
+        requires_grad=False,
     ):
+        if isinstance(qdata, OctavoTensor):
+            return
         self.qdata = qdata
         self.absmax = absmax
         self.code = code

@@ -11,6 +11,7 @@ Example:
     (torch.Size([4, 64]), torch.float32)
 """
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -166,6 +167,35 @@ def copy_(target, source, non_blocking=False):
             return target
     dense = source.dequantize(target.dtype) if isinstance(source, OctavoTensor) else source
     return target.rewrite_(torch.broadcast_to(dense, target.shape))
+
+
+def _scaled(weight: Any, factor: Any, divide: bool):
+    """In place, a factor that the scales take exactly: a power of two (RWKV halves its weights layer by layer)."""
+    if isinstance(factor, torch.Tensor):
+        if factor.dim() or factor.is_meta or isinstance(factor, OctavoTensor):
+            return NotImplemented
+        factor = factor.item()
+    if not isinstance(weight, OctavoTensor) or not isinstance(factor, (int, float)) or factor <= 0:
+        return NotImplemented
+    if math.frexp(factor)[0] != 0.5 or weight.absmax.is_meta:
+        return NotImplemented
+    scaled = weight.absmax / factor if divide else weight.absmax * factor
+    back = scaled * factor if divide else scaled / factor
+    # Outside the type's range the scales would lose bits, or become infinite.
+    if not torch.equal(back, weight.absmax):
+        return NotImplemented
+    weight.absmax.copy_(scaled)
+    return weight
+
+
+@handles(aten.mul_.Tensor, aten.mul_.Scalar)
+def mul_(weight, other):
+    return _scaled(weight, other, divide=False)
+
+
+@handles(aten.div_.Tensor, aten.div_.Scalar)
+def div_(weight, other):
+    return _scaled(weight, other, divide=True)
 
 
 def _swap_last(weight: OctavoTensor, first: int, second: int) -> bool:

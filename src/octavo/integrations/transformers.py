@@ -62,9 +62,7 @@ class Quantize(ConversionOps):
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             name = full_layer_name if len(input_dict) == 1 else name
-            out[name] = self.hf_quantizer.or_placeholder(
-                name, lambda: self.hf_quantizer.quantized(name, value)
-            )
+            out[name] = self.hf_quantizer.or_placeholder(self.hf_quantizer.quantized, name, value)
         return out
 
 
@@ -83,11 +81,7 @@ class Deserialize(ConversionOps):
         for pattern, value in input_dict.items():
             parts[pattern.rpartition("_")[2]] = value[0] if isinstance(value, list) else value
         quantizer = self.hf_quantizer
-        return {
-            full_layer_name: quantizer.or_placeholder(
-                full_layer_name, lambda: quantizer.assembled(full_layer_name, parts)
-            )
-        }
+        return {full_layer_name: quantizer.or_placeholder(quantizer.assembled, full_layer_name, parts)}
 
 
 class OctavoHfQuantizer(HfQuantizer):
@@ -105,7 +99,12 @@ class OctavoHfQuantizer(HfQuantizer):
         self._read_in_float32: set[str] = set()
         self._errors: list[str] = []
 
-    def _process_model_before_weight_loading(self, model, dtype=None, **kwargs):
+    def _process_model_before_weight_loading(self, model, dtype=None, device_map=None, **kwargs):
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map: 8-bit weights cannot be offloaded to disk; place those modules on 'cpu' instead (expected "
+                "devices, found 'disk')"
+            )
         prefix = getattr(model, "base_model_prefix", "")
         # Of a stored model the base may be loaded alone: its names lack the prefix, and patterns may name what it lacks.
         within = prefix if self.pre_quantized and not hasattr(model, prefix) else ""
@@ -144,10 +143,15 @@ class OctavoHfQuantizer(HfQuantizer):
                 for name in (entry.name, *entry.aliases)
                 if not isinstance(model.get_parameter(name), OctavoTensor)
             ]
+            if missing and self.pre_quantized:
+                raise ValueError(
+                    f"{', '.join(missing)}: expected 8-bit weights, found none in the checkpoint. It is incomplete, or "
+                    "its config.json lists other skip patterns than it was written with"
+                )
             if missing:
                 raise ValueError(
-                    f"{', '.join(missing)}: expected 8-bit weights, found none in the checkpoint. It is incomplete, or its "
-                    "config.json lists other skip patterns than it was written with"
+                    f"{', '.join(missing)}: expected weights to quantize, found none in the checkpoint. A new layer that "
+                    f"is to be trained stays in float: skip=[{missing[0]!r}]"
                 )
         keep_frozen_out_of_adapters(model)
         return model
@@ -179,13 +183,13 @@ class OctavoHfQuantizer(HfQuantizer):
         parameter._is_hf_initialized = True
         return parameter
 
-    def or_placeholder(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`make()`, or, if it raises ValueError, zeros that take no memory; the error is raised after loading.
+    def or_placeholder(self, make: Callable[..., torch.Tensor], name: str, value) -> torch.Tensor:
+        """`make(name, value)`, or, if it raises ValueError, zeros that take no memory; the error is raised after loading.
 
         transformers catches what a conversion raises, and in the end only says that "some issues" were encountered.
         """
         try:
-            return make()
+            return make(name, value)
         except ValueError as error:
             self._errors.append(str(error))
             return torch.zeros(()).expand(self.shapes.get(name, torch.Size()))
