@@ -95,6 +95,11 @@ bool histogram(Address weight, int type, int64_t rows, int64_t columns, int64_t 
                            at<int64_t>(counts), threads);
 }
 
+uint64_t read_through(Address data, int64_t bytes, int threads) {
+  nb::gil_scoped_release released;
+  return octavo::read_through(at<const void>(data), bytes, threads);
+}
+
 std::vector<std::string> supported() {
   std::vector<std::string> names;
   for (const octavo::Kernels* const* k = octavo::supported_kernels(); *k; k++) names.emplace_back((*k)->name);
@@ -118,6 +123,7 @@ NB_MODULE(_native, m) {
   m.def("quantize", &quantize);
   m.def("scale_range", &scale_range);
   m.def("histogram", &histogram);
+  m.def("read_through", &read_through, "Read memory, to measure its bandwidth.");
   m.def("supported", &supported, "Names of the kernels this processor can run, best first.");
   m.def("select", &choose, "Use the kernels of that name from now on.");
   m.def("active", [] { return std::string(kernels().name); });

@@ -44,4 +44,7 @@ bool scale_range(const Kernels&, const Weight&, int64_t block, float* smallest, 
 bool histogram(const Kernels&, const Weight&, int64_t block, int64_t bins, bool half_scales, int64_t* counts,
                int threads);
 
+// Reads memory as fast as it comes, for measuring its bandwidth. Returns the exclusive or of its whole 64-bit words.
+uint64_t read_through(const void* data, int64_t bytes, int threads);
+
 }  // namespace octavo

@@ -14,6 +14,7 @@ Example:
 """
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ _FUSED_TOKENS_BY_MEMORY = 4
 _FUSED_TOKENS_TRANSPOSED = 8
 # Bytes of a de-quantized panel: it should stay in the second-level caches. Measured as above, 8192 x 2048, 512 tokens of
 # bfloat16, against PyTorch on a dense matrix: 0.5 MB 0.986, 1 MB 1.007, 2 MB 1.008, 4 MB 1.004, 8 MB 0.964.
-_PANEL_BYTES = 1 << 20
+_PANEL_BYTES = 2 << 20
 # Panels of columns start at multiples of this.
 _COLUMN_STEP = 64
 
@@ -314,6 +315,17 @@ def scale_range(weight, block_size) -> tuple[float, float]:
     if found is None:
         _raise_not_finite("scale_range", weight)
     return found
+
+
+def read_bandwidth(size: int = 1 << 28, repeats: int = 5) -> float:
+    """Bytes a second that the memory delivers to all threads together: the best of some passes over `size` bytes."""
+    memory = torch.ones(size // 8, dtype=torch.int64)
+    threads, best = torch.get_num_threads(), float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        _native.read_through(memory.data_ptr(), size, threads)
+        best = min(best, time.perf_counter() - start)
+    return size / best
 
 
 def histogram(weight, block_size, bins, absmax_dtype):
