@@ -42,7 +42,7 @@ class Worker:
         self.name = name
         command = [sys.executable, "-m", "benchmarks.cpu_worker", name, str(folder), str(threads)]
         # To a file: a full pipe would stop the worker.
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the worker)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
