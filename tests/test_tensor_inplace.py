@@ -240,7 +240,7 @@ def test_nan_leaves_the_old_values(bad):
         lambda: t.data.copy_(torch.full((8, 128), bad)),
         lambda: t.__setitem__(3, bad),
     ):
-        with pytest.raises(ValueError, match="NaN or infinity.*old values"):
+        with pytest.raises(ValueError, match=r"NaN or infinity.*old values"):
             change()
         assert torch.equal(t.dequantize(), before)
 

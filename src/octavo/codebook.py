@@ -27,8 +27,8 @@ LLOYD_STEPS = 200
 def dynamic() -> torch.Tensor:
     """The dynamic 8-bit map of block-wise quantization (Dettmers et al., 2021, arXiv:2110.02861, section 2.1).
 
-    A sign bit, then a run of zero bits that counts a decimal exponent down from 0 to -6, a one bit, and the bits that are left as a
-    linear fraction in (0.1, 1); besides, 0 and 1. The published 8-bit checkpoints hold this table.
+    A sign bit, then a run of zero bits that counts a decimal exponent down from 0 to -6, a one bit, and the bits that are
+    left as a linear fraction in (0.1, 1); besides, 0 and 1. The published 8-bit checkpoints hold this table.
 
     Returns:
         float32 [256], ascending.

@@ -65,6 +65,11 @@ class OctavoConfig:
             self.skip = [self.skip]
         self.skip = list(self.skip)
 
+    @property
+    def row_block(self) -> int:
+        """`block_size`, the codebook's default filled in."""
+        return self.block_size or DEFAULT_BLOCK_SIZE[self.codebook]
+
     def skips(self, name: str) -> bool:
         """Whether a pattern of `skip` matches the parameter `name`."""
         return any(matches(pattern, name) for pattern in self.skip)

@@ -13,6 +13,7 @@ Example:
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,7 +93,8 @@ class Plan:
         listed = "\n".join(f"  {name}: {count:,} weights ({why})" for name, (count, why) in worst[:20])
         more = f"\n  ... and {len(worst) - 20} more" if len(worst) > 20 else ""
         raise CoverageError(
-            f"{1 - self.coverage:.1%} of the model's matrices would stay in float, more than {LARGEST_FLOAT_SHARE:.0%}:\n{listed}{more}\n"
+            f"{1 - self.coverage:.1%} of the model's matrices would stay in float, more than "
+            f"{LARGEST_FLOAT_SHARE:.0%}:\n{listed}{more}\n"
             "If that is meant, name them: skip=[pattern, ...] (on the command line --skip PATTERN)"
         )
 
@@ -183,7 +185,7 @@ def holds_transpose(module: nn.Module) -> bool:
 
 def set_parameter(model: nn.Module, entry: Entry, weight: OctavoTensor) -> None:
     """Put one quantized weight in place of a parameter, under all its names."""
-    parameter = nn.Parameter(weight, requires_grad=False)
+    parameter: Any = nn.Parameter(weight, requires_grad=False)
     # transformers would otherwise initialize it anew.
     parameter._is_hf_initialized = True
     for name in (entry.name, *entry.aliases):
@@ -245,8 +247,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
                         parameter.dequantize(dtype).contiguous(), requires_grad=False
                     )
                 setattr(module, leaf, plain[id(parameter)])
-    if isinstance(getattr(model, "quantization_method", None), str) and model.quantization_method == "octavo":
+    if getattr(model, "quantization_method", None) == "octavo":
         # A transformers model that no longer says it is quantized is saved as a plain one, in its published layout.
-        model.hf_quantizer.remove_quantization_config(model)
-        model._weight_conversions = None
+        whole: Any = model
+        whole.hf_quantizer.remove_quantization_config(whole)
+        whole._weight_conversions = None
     return model

@@ -69,11 +69,11 @@ def quantize_parameter(weight: torch.Tensor, config: OctavoConfig, name: str = "
         raise ValueError(f"{name} is empty: shape {tuple(weight.shape)}")
     if not lead:
         return parts[0]
-    stacked = (
+    qdata, absmax, code = (
         torch.stack(tensors).reshape(*lead, *tensors[0].shape)
-        for tensors in zip(*(part[:3] for part in parts), strict=True)
+        for tensors in zip(*((part.qdata, part.absmax, part.code) for part in parts), strict=True)
     )
-    return Packed(*stacked, parts[0].block_size)
+    return Packed(qdata, absmax, code, parts[0].block_size)
 
 
 def _scale_dtype(matrices: torch.Tensor, config: OctavoConfig) -> torch.dtype:
@@ -82,12 +82,12 @@ def _scale_dtype(matrices: torch.Tensor, config: OctavoConfig) -> torch.dtype:
         return SCALE_DTYPES[config.scales]
     if config.codebook == "dynamic":
         return torch.float32
-    types = {ops.scale_dtype(matrix, config.block_size) for matrix in matrices}
+    types = {ops.scale_dtype(matrix, config.row_block) for matrix in matrices}
     return torch.float32 if torch.float32 in types else torch.float16
 
 
 def _quantize_matrix(matrix: torch.Tensor, config: OctavoConfig, scales: torch.dtype) -> Packed:
-    block_size = config.block_size
+    block_size = config.row_block
     if config.codebook == "dynamic":
         code = codebook.dynamic().to(matrix.device)
         shared = math.gcd(block_size, matrix.shape[1])

@@ -12,6 +12,10 @@ How an operation reaches the kernels: `octavo.tensor_functions` catches the hot 
 by function; `octavo.tensor_dispatch` gives what a tensor needs to live in PyTorch (detach, `.to()`, slices, copies, in-place
 changes). Any other operation de-quantizes first and runs as usual; each such fall-back is counted by name.
 
+Views run along stored rows (or whole blocks of them) and share storage. Any other view (`weight[:, 3:9]`,
+`weight.diagonal()`, `weight.view(4, -1, K)`) is a float copy: reading it is right, but a change made in it does not reach
+the weight. Assigning does: `weight[:, 3:9] = values`.
+
 Example:
     >>> import torch, octavo
     >>> weight = octavo.OctavoTensor.from_float(torch.randn(16, 128))
@@ -157,7 +161,8 @@ class OctavoTensor(torch.Tensor):
                 f"expected absmax [..., rows, blocks] and code {(*lead, 256)}"
             )
         if qdata.numel():
-            ops.schema.check_packed("tensor", *_first_matrix(qdata, absmax, code), block_size)
+            first = (0,) * len(lead)
+            ops.schema.check_packed("tensor", qdata[first], absmax[first], code[first], block_size)
         return cls(qdata, absmax, code, block_size, dtype, transposed, codebook)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -222,7 +227,7 @@ class OctavoTensor(torch.Tensor):
         for name in (*SUFFIXES, "block_size", "transposed", "codebook"):
             setattr(self, name, getattr(other, name))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch names it otherwise
         return (
             f"OctavoTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"block_size={self.block_size}, codebook={self.codebook!r}"
@@ -274,11 +279,6 @@ def _contiguous_strides(shape) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
-
-
-def _first_matrix(qdata, absmax, code):
-    lead = (0,) * (qdata.dim() - 2)
-    return qdata[lead], absmax[lead], code[lead]
 
 
 def _matrices(values, qdata, absmax, code):

@@ -194,13 +194,13 @@ def grouped_mm(mat_a, mat_b, offs=None, **options):
     return torch.cat(out)
 
 
-@handles(torch.Tensor.requires_grad.__set__)
+@handles(torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]  # a property, which mypy takes for its value
 def set_requires_grad(weight, value):
     if value:
         raise RuntimeError(FROZEN)
 
 
-@handles(torch.Tensor.data.__set__)
+@handles(torch.Tensor.data.__set__)  # type: ignore[attr-defined]  # likewise
 def set_data(weight, value):
     """`weight.data = value`.
 

@@ -25,6 +25,9 @@ from torch import nn
 
 from ..tensor import OctavoTensor
 
+# What DDP looks for on the module it wraps.
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+
 
 class Gathering(NamedTuple):
     """What a process knows of a weight whose bytes are being gathered: its properties, and parts gathered already."""
@@ -116,6 +119,6 @@ def ignore_frozen(model: nn.Module) -> nn.Module:
 
     Every process must have loaded the same weights: DDP then no longer broadcasts them.
     """
-    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    model._ddp_params_and_buffers_to_ignore = sorted(ignored | set(frozen_names(model)))
+    ignored = set(getattr(model, IGNORED, ()))
+    setattr(model, IGNORED, sorted(ignored | set(frozen_names(model))))
     return model

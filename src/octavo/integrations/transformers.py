@@ -12,6 +12,7 @@ Example:
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from ..tensor import SUFFIXES, OctavoTensor, pack
 from .peft import keep_frozen_out_of_adapters
 
 
-class OctavoConfig(PlainConfig, QuantizationConfigMixin):
+class OctavoConfig(PlainConfig, QuantizationConfigMixin):  # type: ignore[misc]  # quant_method: a str here, an enum there
     """`octavo.OctavoConfig` as transformers reads it from config.json."""
 
 
@@ -40,7 +41,7 @@ def register() -> None:
         auto.register_quantizer("octavo")(OctavoHfQuantizer)
 
 
-def attach(model: nn.Module, config: PlainConfig) -> None:
+def attach(model: Any, config: PlainConfig) -> None:
     """Mark a model quantized outside `from_pretrained`, so that `save_pretrained` and `dequantize` know it."""
     register()
     keep_frozen_out_of_adapters(model)
@@ -88,10 +89,10 @@ class OctavoHfQuantizer(HfQuantizer):
     """How transformers loads and saves Octavo models. `pre_quantized`: the checkpoint is Octavo's."""
 
     requires_calibration = False
-    quantization_config: PlainConfig
+    quantization_config: PlainConfig  # type: ignore[assignment]  # duck-typed by transformers
 
     def __init__(self, quantization_config: PlainConfig, **kwargs):
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]  # likewise
         self.plan = Plan()
         self.dtypes: dict[str, torch.dtype] = {}
         self.leaves: set[str] = set()
@@ -163,7 +164,7 @@ class OctavoHfQuantizer(HfQuantizer):
         return Quantize(self)
 
     @property
-    def serialized_names(self) -> dict[str, list[str]]:
+    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]  # the base has it as a constant
         return {leaf: [f"{leaf}_{suffix}" for suffix in SUFFIXES] for leaf in sorted(self.leaves)}
 
     def get_load_operations(self):
@@ -179,7 +180,7 @@ class OctavoHfQuantizer(HfQuantizer):
         return entries.get(name) or next(entry for entry in entries.values() if name in entry.aliases)
 
     def _parameter(self, weight: OctavoTensor) -> nn.Parameter:
-        parameter = nn.Parameter(weight, requires_grad=False)
+        parameter: Any = nn.Parameter(weight, requires_grad=False)
         parameter._is_hf_initialized = True
         return parameter
 
@@ -222,7 +223,7 @@ class OctavoHfQuantizer(HfQuantizer):
         entry = self._entry(name)
         try:
             block_size = stored_block_size(
-                qdata.shape[-1], absmax.shape[-1], self.quantization_config.block_size
+                qdata.shape[-1], absmax.shape[-1], self.quantization_config.row_block
             )
             weight = OctavoTensor.from_packed(
                 Packed(qdata, absmax, code, block_size),
@@ -253,7 +254,7 @@ class OctavoHfQuantizer(HfQuantizer):
     def quantized_element_size(self) -> float:
         # One byte a weight, and a scale of 2 (float16) or 4 bytes for each block.
         scale = 2 if self.quantization_config.codebook == "fitted" else 4
-        return 1 + scale / self.quantization_config.block_size
+        return 1 + scale / self.quantization_config.row_block
 
     def is_serializable(self) -> bool:
         return True

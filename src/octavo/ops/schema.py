@@ -235,7 +235,7 @@ def _(weight, block_size, bins, absmax_dtype):
 
 
 def _save_linear(ctx, inputs, output):
-    x, qdata, absmax, code, block_size, bias = inputs
+    _, qdata, absmax, code, block_size, bias = inputs
     ctx.block_size = block_size
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(qdata, absmax, code)
