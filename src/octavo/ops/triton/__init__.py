@@ -17,6 +17,9 @@ Example:
     device(type='cuda', index=0)
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from .. import reference
@@ -26,7 +29,21 @@ from . import choose, panels, verify
 __all__ = ["dequantize", "embedding", "histogram", "linear", "linear_transposed", "quantize", "status"]
 
 
+def _on_its_device(function: Callable) -> Callable:
+    """Run a function with the device of its first argument as the current one, which is where launches go."""
+
+    @functools.wraps(function)
+    def run(first, *rest):
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return function(first, *rest)
+        with torch.cuda.device(first.device):
+            return function(first, *rest)
+
+    return run
+
+
 @implementation("linear", "CUDA")
+@_on_its_device
 def linear(x, qdata, absmax, code, block_size, bias=None):
     """`octavo.ops.linear`: x [..., K] Wᵀ + bias → [..., N] in x's type."""
     rows, columns = qdata.shape
@@ -45,6 +62,7 @@ def linear(x, qdata, absmax, code, block_size, bias=None):
 
 
 @implementation("linear_transposed", "CUDA")
+@_on_its_device
 def linear_transposed(x, qdata, absmax, code, block_size):
     """`octavo.ops.linear_transposed`: x [..., N] W → [..., K] in x's type."""
     rows, columns = qdata.shape
@@ -60,6 +78,7 @@ def linear_transposed(x, qdata, absmax, code, block_size):
 
 
 @implementation("dequantize", "CUDA")
+@_on_its_device
 def dequantize(qdata, absmax, code, block_size, dtype):
     """`octavo.ops.dequantize`: → [N, K] in `dtype`."""
     out = torch.empty(qdata.shape, dtype=dtype, device=qdata.device)
@@ -68,6 +87,7 @@ def dequantize(qdata, absmax, code, block_size, dtype):
 
 
 @implementation("embedding", "CUDA")
+@_on_its_device
 def embedding(ids, qdata, absmax, code, block_size, dtype):
     """`octavo.ops.embedding`: ids [...] → [..., K].
 
@@ -96,12 +116,14 @@ def _encoder(weight, block_size, absmax_dtype):
 
 
 @implementation("quantize", "CUDA")
+@_on_its_device
 def quantize(weight, code, block_size, absmax_dtype):
     """`octavo.ops.quantize`: float [N, K] → qdata, absmax, byte for byte the reference's."""
     return _encoder(weight, block_size, absmax_dtype).quantize(weight, code, block_size, absmax_dtype)
 
 
 @implementation("histogram", "CUDA")
+@_on_its_device
 def histogram(weight, block_size, bins, absmax_dtype):
     """`octavo.ops.histogram`: int64 [bins], exactly the reference's."""
     return _encoder(weight, block_size, absmax_dtype).histogram(weight, block_size, bins, absmax_dtype)

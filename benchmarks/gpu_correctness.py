@@ -1,0 +1,134 @@
+"""Part "correctness": every operation and every kernel against float64, on fresh random inputs with poisoned outputs.
+
+A row a case: the error, PyTorch's own error on the same input (what it may reach), and whether two runs gave the same
+bits. Any case beyond its limit makes the part fail, after the others were run.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from octavo.ops import reference, triton
+from octavo.ops.triton import choose
+
+from .gpu_common import Report, matrix
+
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOKENS = (1, 2, 5, 8, 16, 31, 64, 128, 300)
+# (rows, columns, block), types, tokens. Every instance is compiled first, so the odd shapes get fewer.
+CASES = [
+    ((4096, 4096, 64), TYPES, TOKENS),
+    ((515, 1037, 64), ["float16"], (1, 2, 40, 300)),  # rows that no 16-byte load can read
+    ((1000, 11008, 32), ["bfloat16"], (1, 5, 31, 300)),
+    ((4100, 2560, 128), ["float16"], (1, 8, 16, 300)),
+    ((768, 3072, 4096), ["bfloat16"], (1, 16, 64)),  # one block, longer than the row
+]
+TINY_CASES = [((32, 128, 64), TYPES, (1, 3, 40)), ((35, 77, 32), ["float16"], (1, 3, 40))]
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    if not torch.isfinite(found).all():
+        return float("inf")
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def run(report: Report, device: str, tiny: bool) -> None:
+    bad = []
+    for (rows, columns, block), types, counts in TINY_CASES if tiny else CASES:
+        qdata, absmax, code = matrix(rows, columns, block, device)
+        weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
+        for type_name in types:
+            dtype = TYPES[type_name]
+            rounded = weight.to(dtype)
+            for tokens in counts:
+                if report.late(5):
+                    report.fact(cut_short=True)
+                    return
+                x = torch.randn(tokens, columns, device=device).to(dtype)
+                bias = torch.randn(rows, device=device).to(dtype)
+                exact = F.linear(x.double(), weight.double(), bias.double())
+                naive = error(F.linear(x, rounded, bias), exact)
+                for name, kernel in choose.LINEAR.items():
+                    if choose.refusal(name, dtype, tokens, qdata, absmax, block):
+                        continue
+                    # Never chosen for these.
+                    if name == "triton_gemm" and (tokens > choose.GEMM_TOKENS or dtype == torch.float32):
+                        continue
+                    outputs = [
+                        torch.full((tokens, rows), float("nan"), dtype=dtype, device=device) for _ in "12"
+                    ]
+                    for out in outputs:
+                        kernel(x, qdata, absmax, code, block, bias, out)
+                    found = error(outputs[0], exact)
+                    limit = 1e-5 if dtype == torch.float32 else 1.1 * naive + 1e-6
+                    same = torch.equal(*outputs)
+                    bad += check(
+                        report, name, type_name, (rows, columns, block), tokens, found, naive, limit, same
+                    )
+                back = torch.randn(tokens, rows, device=device).to(dtype)
+                exact = back.double() @ weight.double()
+                found = error(triton.linear_transposed(back, qdata, absmax, code, block), exact)
+                naive = error(back @ rounded, exact)
+                limit = 1e-5 if dtype == torch.float32 else 1.1 * naive + 1e-6
+                bad += check(
+                    report, "transposed", type_name, (rows, columns, block), tokens, found, naive, limit, True
+                )
+            exact_bits = torch.equal(
+                triton.dequantize(qdata, absmax, code, block, dtype),
+                reference.dequantize(qdata, absmax, code, block, dtype),
+            )
+            ids = torch.randint(0, rows, (3, 7), device=device)
+            exact_bits &= torch.equal(triton.embedding(ids, qdata, absmax, code, block, dtype), rounded[ids])
+            bad += check(
+                report,
+                "decode",
+                type_name,
+                (rows, columns, block),
+                21,
+                0.0 if exact_bits else 1.0,
+                0,
+                0,
+                True,
+            )
+        bad += encode(report, weight[: 8 if tiny else 600], code, block)
+    report.fact(
+        kernels={name: verdict for name, verdict in triton.verify.verdicts().items() if not verdict[0]}
+    )
+    report.fact(worst=max((row["error / torch's"] for row in report.rows if row["torch's"]), default=0.0))
+    if bad:
+        raise AssertionError(f"{len(bad)} cases are wrong: {bad[:10]}")
+
+
+def check(report, kernel, type_name, shape, tokens, found, naive, limit, same) -> list[str]:
+    """Note a case; its name if it is wrong."""
+    ok = found <= limit and same
+    ratio = found / naive if naive else 0.0
+    # Thousands of good cases are summed up by their worst; what is wrong is listed one by one.
+    key = {"kernel": kernel, "type": type_name}
+    row = next((r for r in report.rows if r["kernel"] == kernel and r["type"] == type_name), None)
+    if row is None:
+        report.add(**key, cases=0, wrong=0, error=0.0, **{"torch's": 0.0, "error / torch's": 0.0}, where="")
+        row = report.rows[-1]
+    row["cases"] += 1
+    row["wrong"] += not ok
+    if ratio >= row["error / torch's"] or not ok:
+        row.update({"error": found, "torch's": naive, "error / torch's": ratio})
+        row["where"] = f"{shape[0]}x{shape[1]}/{shape[2]} {tokens} tokens" + ("" if same else ", bits differ")
+    report.write()
+    return [] if ok else [f"{kernel} {type_name} {row['where']}"]
+
+
+def encode(report: Report, weight: torch.Tensor, code: torch.Tensor, block: int) -> list[str]:
+    """Quantize and histogram, byte for byte."""
+    bad = []
+    for type_name, dtype in TYPES.items():
+        for scales in (torch.float16, torch.float32):
+            w = weight.to(dtype)
+            found = (*triton.quantize(w, code, block, scales), triton.histogram(w, block, 8193, scales))
+            wanted = (
+                *reference.quantize(w, code, block, scales),
+                reference.histogram(w, block, 8193, scales),
+            )
+            wrong = sum(not torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+            shape = (*w.shape, block)
+            bad += check(report, "encode", type_name, shape, 0, float(wrong), 0, 0, True)
+    return bad

@@ -1,0 +1,157 @@
+"""Part "lookup": what each way of looking a code up gives, and the settings of the kernels that the look-up sits in.
+
+One token times the largest matrix of GPT-J's layers, and the same matrix de-quantized. Every row says which share of the
+measured copy bandwidth the reading of the matrix reaches. From these tables come the constants in `cuda_kernels.py`,
+`gemv.py` and `gemm.py`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from octavo.ops.triton import choose, cuda_kernels
+
+from .gpu_common import Report, copies_for, copy_bandwidth, matrix, measure
+
+COPIES = (1, 2, 4, 8, 16, 32)
+
+
+def lookups():
+    """name → compile-time parameters of the CUDA kernels."""
+    ways = {f"shared memory, {n} copies": (("COPIES", n),) for n in COPIES}
+    ways["global memory (L1)"] = (("LOOKUP", 1),)
+    # Not the table's numbers: only what decoding by arithmetic would cost (docs/GPU.md).
+    ways["polynomial, degree 7"] = (("LOOKUP", 2),)
+    return ways
+
+
+def run(report: Report, device: str, tiny: bool) -> None:
+    rows, columns = (64, 1024) if tiny else (16384, 4096)
+    dtype, block = torch.bfloat16, 64
+    if device != "cpu" and choose.capability(0) < (8, 0):
+        dtype = torch.float16
+    bandwidth = copy_bandwidth(device)
+    report.fact(copy_bandwidth_gb_s=bandwidth / 1e9, rows=rows, columns=columns, block=block)
+    matrices = [matrix(rows, columns, block, device) for _ in range(copies_for(rows * columns, device))]
+    read = matrices[0][0].numel() + 2 * matrices[0][1].numel()
+    weights = [torch.randn(rows, columns, device=device).to(dtype) for _ in range(max(1, len(matrices) // 2))]
+
+    def timed(what, kernel, setting, tokens, call, moved=read) -> None:
+        """`call(matrix, x, out)` over all the matrices."""
+        if report.late(2):
+            report.fact(cut_short=True)
+            return
+        x = torch.randn(tokens, columns, device=device).to(dtype)
+        out = torch.empty(tokens, rows, dtype=dtype, device=device)
+        row = {"what": what, "kernel": kernel, "setting": setting, "tokens": tokens}
+        try:
+            time = measure([lambda m=m: call(m, x, out) for m in matrices], device)
+            row |= {"µs": time, "GB/s": moved / time / 1e3, "of copy": moved / time * 1e6 / bandwidth}
+        # A setting that does not compile or fit is a result too.
+        except Exception as failure:
+            row["setting"] += f" ({type(failure).__name__}: {str(failure)[:80]})"
+        report.add(**row)
+
+    x = torch.randn(1, columns, device=device).to(dtype)
+    time = measure([lambda w=w: F.linear(x, w) for w in weights], device)
+    moved = 2 * rows * columns
+    row = {"what": "baseline", "kernel": "cuBLAS 16-bit", "setting": "", "tokens": 1}
+    report.add(**row, **{"µs": time, "GB/s": moved / time / 1e3, "of copy": moved / time * 1e6 / bandwidth})
+    del weights
+    if device != "cpu" and not torch.version.hip:
+        cuda_sweeps(timed, rows, columns, block, dtype, device, read)
+    triton_sweeps(timed, block)
+
+
+def cuda_sweeps(timed, rows, columns, block, dtype, device, read) -> None:
+    dense = torch.empty(rows, columns, dtype=dtype, device=device)
+    products = {"cuda_simt": cuda_kernels.linear_simt}
+    if choose.capability(0) >= (8, 0):
+        products["cuda_mma"] = cuda_kernels.linear_mma
+    for name, extra in lookups().items():
+        for kernel, product in products.items():
+            timed(
+                "look-up",
+                kernel,
+                name,
+                1,
+                lambda m, x, out, p=product, e=extra: p(x, *m, block, None, out, extra=e),
+            )
+        timed(
+            "look-up",
+            "cuda_decode",
+            name,
+            1,
+            lambda m, x, out, e=extra: cuda_kernels.decode_rows(*m, block, None, 0, dense, extra=e),
+            moved=read + 2 * rows * columns,
+        )
+    for tokens in (1, 8):
+        for per_warp in (2, 4, 8):
+            for depth in (1, 2, 4):
+                if tokens == 8 and per_warp > 2:
+                    continue
+                timed(
+                    "settings",
+                    "cuda_simt",
+                    f"{per_warp} rows a warp, depth {depth}",
+                    tokens,
+                    lambda m, x, out, r=per_warp, d=depth: cuda_kernels.linear_simt(
+                        x, *m, block, None, out, rows_a_warp=r, depth=d
+                    ),
+                )
+    if "cuda_mma" in products:
+        for tokens in (1, 8, 16, 32):
+            for tiles, depth in ((1, 2), (1, 3), (1, 4), (2, 1), (2, 2)):
+                if tiles == 2 and tokens > 16:
+                    continue
+                timed(
+                    "settings",
+                    "cuda_mma",
+                    f"{16 * tiles} rows a block, depth {depth}",
+                    tokens,
+                    lambda m, x, out, t=tiles, d=depth: cuda_kernels.linear_mma(
+                        x, *m, block, None, out, m_tiles=t, depth=d
+                    ),
+                )
+    for depth in (1, 2, 4, 8):
+        timed(
+            "settings",
+            "cuda_decode",
+            f"depth {depth}",
+            1,
+            lambda m, x, out, d=depth: cuda_kernels.decode_rows(*m, block, None, 0, dense, depth=d),
+            moved=read + 2 * rows * columns,
+        )
+
+
+def triton_sweeps(timed, block) -> None:
+    if not choose.have_triton():
+        return
+    from octavo.ops.triton.gemm import gemm
+    from octavo.ops.triton.gemv import gemv
+
+    for gather in (False, True):
+        how = "gather" if gather else "load"
+        for block_n, block_k, warps in ((4, 512, 4), (8, 512, 4), (16, 256, 4), (8, 1024, 8)):
+            timed(
+                "settings",
+                "triton_gemv",
+                f"{how}, tile {block_n}x{block_k}, {warps} warps",
+                1,
+                lambda m, x, out, g=gather, n=block_n, k=block_k, w=warps: gemv(
+                    x, *m, block, None, out, gather=g, block_n=n, block_k=k, num_warps=w
+                ),
+            )
+        for tile in (
+            (16, 64, 128, 4, 3),
+            (64, 64, 64, 4, 3),
+            (64, 128, 64, 8, 3),
+            (128, 128, 64, 8, 3),
+            (128, 64, 64, 4, 4),
+        ):
+            timed(
+                "settings",
+                "triton_gemm",
+                f"{how}, tile {'x'.join(map(str, tile[:3]))}, {tile[3]} warps",
+                min(tile[0], 128),
+                lambda m, x, out, g=gather, t=tile: gemm(x, *m, block, None, out, gather=g, tile=t),
+            )

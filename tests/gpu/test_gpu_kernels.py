@@ -1,0 +1,167 @@
+"""The kernels on a GPU: against float64, with poisoned outputs, each by name and through the choice."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from octavo import codebook, ops
+from octavo.ops import reference, triton
+from octavo.ops.triton import choose, cuda_kernels, verify
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def has_bfloat16() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def packed(rows, columns, block, scales, device):
+    weight = torch.randn(rows, columns, device=device)
+    code = codebook.dynamic().to(device)
+    return (*reference.quantize(weight, code, block, scales), code)
+
+
+def error(found, exact):
+    assert torch.isfinite(found).all()
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def limit(dtype, x, weight, bias, exact):
+    if dtype == torch.float32:
+        return 1e-5
+    return 1.1 * error(F.linear(x, weight.to(dtype), bias), exact) + 1e-6
+
+
+@pytest.mark.parametrize(
+    "rows, columns, block", [(1000, 4096, 64), (77, 11008, 128), (515, 1037, 32), (48, 2560, 4096)]
+)
+@pytest.mark.parametrize("name", list(choose.LINEAR))
+def test_linear(name, rows, columns, block, device):
+    """Every type and number of tokens a kernel takes: the error, every element written, and the same bits twice."""
+    tried = 0
+    for scales in (torch.float16, torch.float32):
+        qdata, absmax, code = packed(rows, columns, block, scales, device)
+        weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
+        for dtype, tokens in itertools.product(TYPES, (1, 2, 7, 8, 16, 31, 64, 128, 200)):
+            if choose.refusal(name, dtype, tokens, qdata, absmax, block):
+                continue
+            if name == "triton_gemm" and (
+                tokens > choose.GEMM_TOKENS or dtype == torch.float32 or not has_bfloat16()
+            ):
+                continue
+            # One of the odd token counts is enough for the second type of scales.
+            if scales == torch.float32 and tokens not in (1, 7, 31):
+                continue
+            tried += 1
+            x = torch.randn(tokens, columns, device=device).to(dtype)
+            bias = torch.randn(rows, device=device).to(dtype) if tokens % 2 else None
+            exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            outputs = [torch.full((tokens, rows), float("nan"), dtype=dtype, device=device) for _ in range(2)]
+            for out in outputs:
+                choose.LINEAR[name](x, qdata, absmax, code, block, bias, out)
+            assert error(outputs[0], exact) <= limit(dtype, x, weight, bias, exact), (dtype, tokens, scales)
+            assert torch.equal(*outputs), (dtype, tokens, scales)
+    assert tried or (name.startswith("cuda") and (columns % 16 or not has_bfloat16()))
+
+
+@pytest.mark.parametrize("copies", [1, 4, 32])
+def test_copies_of_the_table_change_no_bit(copies, device):
+    qdata, absmax, code = packed(256, 4096, 64, torch.float16, device)
+    x = torch.randn(1, 4096, device=device).half()
+    out, other = torch.empty(1, 256, device=device).half(), torch.empty(1, 256, device=device).half()
+    cuda_kernels.linear_simt(x, qdata, absmax, code, 64, None, out)
+    cuda_kernels.linear_simt(x, qdata, absmax, code, 64, None, other, extra=(("COPIES", copies),), grid=3)
+    assert torch.equal(out, other)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows, columns, block", [(300, 4096, 64), (515, 1037, 32), (40, 330, 96)])
+def test_decoding_is_the_reference_bit_for_bit(dtype, rows, columns, block, device):
+    qdata, absmax, code = packed(rows, columns, block, torch.float16, device)
+    expected = reference.dequantize(qdata, absmax, code, block, dtype)
+    assert torch.equal(ops.dequantize(qdata, absmax, code, block, dtype), expected)
+    for kind in (torch.int32, torch.int64):
+        ids = torch.randint(0, rows, (3, 5), device=device, dtype=kind)
+        assert torch.equal(ops.embedding(ids, qdata, absmax, code, block, dtype), expected[ids.long()])
+    assert torch.isnan(
+        ops.embedding(torch.tensor([-1, rows], device=device), qdata, absmax, code, block, dtype)
+    ).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("scales", [torch.float16, torch.float32])
+@pytest.mark.parametrize("columns, block", [(4096, 64), (1037, 32), (3000, 4096)])
+def test_quantizing_is_the_reference_byte_for_byte(dtype, scales, columns, block, device):
+    weight = (
+        torch.randn(200, columns, device=device) * torch.logspace(-3, 3, 200, device=device)[:, None]
+    ).to(dtype)
+    weight[7] = 0.0
+    code = codebook.dynamic().to(device)
+    found = (*ops.quantize(weight, code, block, scales), ops.histogram(weight, block, 8193, scales))
+    wanted = (
+        *reference.quantize(weight, code, block, scales),
+        reference.histogram(weight, block, 8193, scales),
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+    on_cpu = reference.quantize(weight.cpu(), code.cpu(), block, scales)
+    assert torch.equal(found[0].cpu(), on_cpu[0]) and torch.equal(found[1].cpu(), on_cpu[1])
+    weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="1 NaN or infinite"):
+        ops.quantize(weight, code, block, scales)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+def test_gradients(dtype, tokens, device):
+    rows, columns, block = 3000, 2048, 64
+    qdata, absmax, code = packed(rows, columns, block, torch.float16, device)
+    weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
+    x = torch.randn(tokens, columns, device=device).to(dtype).requires_grad_()
+    bias = torch.randn(rows, device=device).to(dtype).requires_grad_()
+    back = torch.randn(tokens, rows, device=device).to(dtype)
+    ops.linear(x, qdata, absmax, code, block, bias).backward(back)
+    exact = back.double() @ weight.double()
+    assert error(x.grad, exact) <= limit(dtype, back, weight.t(), None, exact)
+    assert error(bias.grad, back.double().sum(0)) <= 1e-2
+
+
+def test_no_large_float_copy_is_ever_held(device):
+    rows, columns = 50400, 4096
+    qdata = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, device=device)
+    absmax = torch.rand(rows, columns // 64, device=device).half()
+    code = codebook.dynamic().to(device)
+    x = torch.randn(256, columns, device=device).half().requires_grad_()
+    ops.linear(x, qdata, absmax, code, 64)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = ops.linear(x, qdata, absmax, code, 64)
+    out.backward(torch.ones_like(out))
+    taken = torch.cuda.max_memory_allocated() - before
+    # The result and its gradient, 26 MB each, and panels; the matrix would be 413 MB in 16 bits.
+    assert taken < 200 << 20, f"{taken / 2**20:.0f} MiB"
+
+
+def test_every_kernel_that_was_used_was_checked_and_none_refused(device):
+    status = triton.status()
+    assert status["kernels"]
+    assert all(good for good, _ in status["kernels"].values()), status
+
+
+def test_a_wrong_kernel_is_named_and_left_out(device, monkeypatch):
+    def wrong(x, qdata, absmax, code, block_size, bias, out):
+        out.fill_(1.0)
+
+    monkeypatch.setitem(choose.LINEAR, "cuda_simt", wrong)
+    monkeypatch.setenv("OCTAVO_GPU_LINEAR", "cuda_simt")
+    monkeypatch.setattr(verify, "_verdicts", {})
+    monkeypatch.setattr(choose, "_chosen", {})
+    qdata, absmax, code = packed(64, 512, 64, torch.float16, device)
+    x = torch.randn(1, 512, device=device).half()
+    with pytest.warns(RuntimeWarning, match="GPU kernel cuda_simt is not used"):
+        out = ops.linear(x, qdata, absmax, code, 64)
+    exact = F.linear(x.double(), reference.dequantize(qdata, absmax, code, 64, torch.float32).double())
+    assert error(out, exact) < 1e-2
