@@ -54,3 +54,13 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """‖found − expected‖ / ‖expected‖, in float64."""
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def packed(rows, columns, block_size, device="cpu", absmax_dtype=None):
+    """A random matrix as the operations take it: (qdata, absmax, code, block_size)."""
+    from octavo import codebook, ops
+
+    weight = torch.randn(rows, columns)
+    code = codebook.fit(weight, block_size)
+    qdata, absmax = ops.quantize(weight.to(device), code.to(device), block_size, absmax_dtype)
+    return qdata, absmax, code.to(device), block_size
