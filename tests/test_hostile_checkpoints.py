@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 import octavo
-from octavo.checkpoint import CheckpointError, convert, shards
+from octavo.checkpoint import CheckpointError, convert
 from octavo.checkpoint.report import report
+from octavo.checkpoint.shards import ShardFile
 
 from .test_checkpoint_models import save
 
@@ -189,19 +191,21 @@ def test_disk_that_fills_up(plain, tmp_path, monkeypatch):
     """What is done stays; with room again the same call ends in the same bytes."""
     convert(plain, tmp_path / "whole")
     written = 0
-    original = os.pwrite
+    original = ShardFile._write_at
 
-    def full(handle, data, offset):
+    def full(self, offset, data):
         nonlocal written
         written += len(data)
         if written > 60_000:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(handle, data, offset)
+        return original(self, offset, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(shards.os, "pwrite", full)
+        patched.setattr(ShardFile, "_write_at", full)
         text = fails(plain, tmp_path / "out", "disk is full")
     assert "more are needed" in text and "same command" in text
+    remaining = re.search(r"full: (\d+) MB more", text)
+    assert remaining and int(remaining[1]) <= 68  # what is left, and room for config files and tokenizer
     convert(plain, tmp_path / "out")
     same = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
     assert next(same).read_bytes() == next(same).read_bytes()

@@ -261,6 +261,22 @@ def test_kill_9_then_again(tmp_path):
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
+def test_a_folder_in_use_is_refused(tmp_path, monkeypatch):
+    from octavo.checkpoint import stream
+
+    save("llama", tmp_path / "plain")
+    original = stream.write_unit
+
+    def meanwhile(*args):
+        with pytest.raises(CheckpointError, match="another process"):
+            convert(tmp_path / "plain", tmp_path / "out", overwrite=True)
+        monkeypatch.setattr(stream, "write_unit", original)
+        return original(*args)
+
+    monkeypatch.setattr(stream, "write_unit", meanwhile)
+    convert(tmp_path / "plain", tmp_path / "out")
+
+
 def test_other_options_or_another_source_are_refused(tmp_path, monkeypatch):
     model = save("llama", tmp_path / "plain")
     with monkeypatch.context() as patched:
@@ -312,8 +328,8 @@ def test_weights_that_config_ties_but_that_differ_are_both_kept(tmp_path):
         convert(tmp_path / "plain", tmp_path / "out")
     loaded = load(tmp_path / "out")
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
-    difference = loaded.lm_head.weight.dequantize() - model.lm_head.weight
-    assert float(difference.norm() / model.lm_head.weight.norm()) < 0.01
+    difference = loaded.lm_head.weight.dequantize() - model.lm_head.weight.detach()
+    assert float(difference.norm() / model.lm_head.weight.detach().norm()) < 0.01
 
 
 def test_tied_weight_stored_under_its_other_name(tmp_path):

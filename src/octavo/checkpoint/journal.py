@@ -25,16 +25,22 @@ NAME = "octavo-journal.jsonl"
 VERSION = 1
 
 
+class InUseError(CheckpointError):
+    """Another process writes into the folder."""
+
+
 @dataclass
 class Journal:
     """The journal of one conversion.
 
     Attributes:
+        lock: held as long as this object lives, so that no other process writes into the folder.
         units: number of a unit → its line.
         whole: numbers of the files that are whole.
     """
 
     path: Path
+    lock: Any = None
     units: dict[int, dict[str, Any]] = field(default_factory=dict)
     whole: set[int] = field(default_factory=set)
     _pending: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +49,7 @@ class Journal:
     def create(cls, folder: Path, head: dict[str, Any]) -> "Journal":
         """Begin a journal in a new folder."""
         folder.mkdir(parents=True)
-        journal = cls(folder / NAME)
+        journal = cls(folder / NAME, _lock(folder))
         journal._append([{"octavo": VERSION, **head}])
         return journal
 
@@ -54,6 +60,16 @@ class Journal:
         Raises:
             CheckpointError: if it was begun from another source or with other options, or cannot be read.
         """
+        lock = _lock(folder)
+        try:
+            return cls._resume(folder, head, lock)
+        except CheckpointError:
+            if lock is not None:
+                lock.close()
+            raise
+
+    @classmethod
+    def _resume(cls, folder: Path, head: dict[str, Any], lock: Any) -> "Journal":
         lines, length = _read(folder / NAME)
         again = "finish it with the same command, or start anew with --overwrite"
         if not lines or lines[0].get("octavo") != VERSION:
@@ -72,7 +88,7 @@ class Journal:
                 )
         # A line cut in half by a crash would spoil the next one.
         os.truncate(folder / NAME, length)
-        journal = cls(folder / NAME)
+        journal = cls(folder / NAME, lock)
         for line in lines[1:]:
             if "unit" in line:
                 journal.units[line["unit"]] = line
@@ -83,11 +99,18 @@ class Journal:
     def add(self, line: dict[str, Any]) -> None:
         """Note a unit or a whole file; on the disk only after `commit`."""
         self._pending.append(line)
+        if "unit" in line:
+            self.units[line["unit"]] = line
 
     def commit(self) -> None:
         """Write the noted lines. Their data must have been synced before."""
         self._append(self._pending)
         self._pending = []
+
+    def close(self) -> None:
+        """Let other processes in."""
+        if self.lock is not None:
+            self.lock.close()
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
         if not lines:
@@ -96,6 +119,21 @@ class Journal:
             file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _lock(folder: Path) -> Any:
+    """Keep other processes out of the folder until this one ends. Does nothing where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = (folder / NAME).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InUseError(f"{folder}: another process is converting into it; wait for it to end") from None
+    return file
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

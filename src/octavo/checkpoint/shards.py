@@ -67,8 +67,10 @@ class ShardFile:
         self.room = room
         self.rows = dict(rows or {})
         self.position = max((end for *_, end in self.rows.values()), default=0)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self._file, 8 + room + self.position)
+        path.touch()
+        # Unbuffered: what is written is at once the system's, and an error is that of this write.
+        self._file = path.open("r+b", buffering=0)
+        self._file.truncate(8 + room + self.position)
 
     def reserve(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
         """Declare the next tensor. Returns where its data goes."""
@@ -88,26 +90,30 @@ class ShardFile:
         data = memoryview(array)
         offset = 8 + self.room + position
         while data:
-            written = os.pwrite(self._file, data[:WRITE_AT_ONCE], offset)
+            written = self._write_at(offset, data[:WRITE_AT_ONCE])
             data, offset = data[written:], offset + written
         return offset - 8 - self.room
 
+    def _write_at(self, offset: int, data: memoryview | bytes) -> int:
+        self._file.seek(offset)
+        return self._file.write(data)
+
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
-        os.fsync(self._file)
+        os.fsync(self._file.fileno())
 
     def finish(self) -> None:
         """Write the header, sync and close: the file is whole."""
         header = _header(self.rows)
         if len(header) > self.room or self.room > MAX_HEADER:
             raise AssertionError(f"{self.path}: header of {len(header)} bytes, room for {self.room}")
-        os.ftruncate(self._file, 8 + self.room + self.position)
-        os.pwrite(self._file, struct.pack("<Q", self.room) + header.ljust(self.room), 0)
+        self._file.truncate(8 + self.room + self.position)
+        self._write_at(0, struct.pack("<Q", self.room) + header.ljust(self.room))
         self.sync()
         self.close()
 
     def close(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
 
 def plan_shards(units: list[Unit], max_bytes: int) -> list[list[Unit]]:

@@ -18,7 +18,6 @@ Example:
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 import warnings
@@ -35,8 +34,9 @@ from .adapters import save_peft_adapter
 from .encode import Row, write_unit
 from .errors import CheckpointError
 from .journal import NAME as JOURNAL_NAME
-from .journal import Journal
+from .journal import InUseError, Journal
 from .locate import SAFETENSORS_INDEX
+from .place import check_out, fingerprint, publish
 from .result import ConvertResult
 from .safetensors_source import DTYPE_NAMES, DTYPES
 from .shards import ShardFile, header_room, plan_shards, shard_names
@@ -50,7 +50,6 @@ MAX_SHARD_SIZE = 5_000_000_000
 SYNC_EVERY = 64 << 20
 # Config files and tokenizer.
 ASIDE_BYTES = 64 << 20
-SAMPLES = 16
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Progress = Callable[[int, int, str], None]
@@ -120,7 +119,7 @@ class _Conversion:
             )
         self.source, self.out, self.overwrite = source, out, overwrite
         self.partial = out.with_name(out.name + ".partial")
-        self._check_out()
+        check_out(out, source, overwrite)
         config = config or OctavoConfig()
         if source.kind == "published" and not requantize:
             config = OctavoConfig(codebook="dynamic", skip=config.skip)
@@ -136,17 +135,6 @@ class _Conversion:
             "options": {**config.to_dict(), "max_shard_size": max_shard_size, "requantize": requantize},
             "plan": hashlib.sha256(repr(pieces).encode()).hexdigest(),
         }
-
-    def _check_out(self) -> None:
-        if self.out.exists() and not self.out.is_dir():
-            raise CheckpointError(f"{self.out} is a file; expected a folder to write")
-        here = self.out.resolve()
-        if here == self.source.folder.resolve() or here in self.source.folder.resolve().parents:
-            raise CheckpointError(f"{self.out} holds the source itself; give another folder to write")
-        if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
-            raise CheckpointError(
-                f"{self.out} is not empty; give another folder, or --overwrite to replace it"
-            )
 
     def _plan(self, requantize: bool) -> None:
         model_config = self.source.model_config()
@@ -168,32 +156,21 @@ class _Conversion:
 
     def run(self, progress: Progress | None) -> ConvertResult:
         started = time.monotonic()
-        self.journal = self._open_journal()
-        resumed = len(self.journal.units)
-        self._check_space()
-        total = sum(unit.source_bytes for unit in self.units)
-        rows: list[Row] = []
-        done = first = 0
+        self.progress = progress or (lambda done, total, name: None)
+        self.done, self.total = 0, sum(unit.source_bytes for unit in self.units)
         try:
-            for number, units in enumerate(self.shards):
-                for row, step in self._write_shard(number, units, first):
-                    if progress is not None:
-                        progress(done, total, row.name)
-                    done += step
-                    rows.append(row)
-                first += len(units)
-            if progress is not None:
-                progress(total, total, "")
-            nbytes = self._write_aside(rows)
+            self.journal = self._open_journal()
+            resumed = len(self.journal.units)
+            try:
+                rows, nbytes = self._write_all()
+            finally:
+                self.journal.close()
+            publish(self.partial, self.out)
         except OSError as error:
             if error.errno in FULL_DISK:
                 raise self._full_disk() from error
             raise
-        except (ValueError, ArithmeticError):
-            # The source itself is at fault: going on would end at the same place.
-            shutil.rmtree(self.partial, ignore_errors=True)
-            raise
-        self._publish()
+        (self.out / JOURNAL_NAME).unlink()
         return ConvertResult(
             self.out,
             rows,
@@ -206,24 +183,35 @@ class _Conversion:
             self.out / "adapter" if self.source.adapters else None,
         )
 
+    def _write_all(self) -> tuple[list[Row], int]:
+        """Write every file; returns the table, and the bytes of the files of weights."""
+        self._check_space()
+        try:
+            lines = [line for number in range(len(self.shards)) for line in self._write_shard(number)]
+            self.progress(self.total, self.total, "")
+            nbytes = self._write_aside()
+        except ValueError:
+            # The source itself is at fault: going on would end at the same place.
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+        return [
+            Row(**{**row, "shape": tuple(row["shape"])}) for line in lines for row in line["rows"]
+        ], nbytes
+
     def _open_journal(self) -> Journal:
         if self.partial.exists():
             try:
                 return Journal.resume(self.partial, self.head)
-            except CheckpointError:
-                if not self.overwrite:
+            except CheckpointError as error:
+                if not self.overwrite or isinstance(error, InUseError):
                     raise
                 shutil.rmtree(self.partial)
         return Journal.create(self.partial, self.head)
 
     def _needed(self) -> int:
         """Bytes still to be written, with the scales' likely type."""
-        left = [unit for number, unit in enumerate(self.units_in_order) if number not in self.journal.units]
+        left = [unit for number, unit in enumerate(self.units) if number not in self.journal.units]
         return ASIDE_BYTES + sum(output.nbytes(torch.float16) for unit in left for output in unit.outputs)
-
-    @property
-    def units_in_order(self) -> list[Unit]:
-        return [unit for shard in self.shards for unit in shard]
 
     def _check_space(self) -> None:
         free = shutil.disk_usage(self.partial).free
@@ -241,43 +229,40 @@ class _Conversion:
             "and run the same command again, or write to another disk"
         )
 
-    def _write_shard(self, number: int, units: list[Unit], first: int):
-        """Write one file; yields each parameter's row and the source bytes it took."""
-        path = self.partial / self.files[number]
-        lines = {i: self.journal.units.get(first + i) for i in range(len(units))}
-        done = {
+    def _write_shard(self, number: int) -> list[dict[str, Any]]:
+        """Write one file, or what is left of it; returns its units' lines of the journal."""
+        first = sum(len(units) for units in self.shards[:number])
+        indices = range(first, first + len(self.shards[number]))
+        if number in self.journal.whole:
+            self.done += sum(unit.source_bytes for unit in self.shards[number])
+            return [self.journal.units[index] for index in indices]
+        lines = [self.journal.units[index] for index in indices if index in self.journal.units]
+        finished = {
             name: (DTYPES[dtype], tuple(shape), begin, end)
-            for line in lines.values()
-            if line
+            for line in lines
             for name, dtype, shape, begin, end in line["tensors"]
         }
-        whole = number in self.journal.whole
-        shard = None if whole else ShardFile(path, self.rooms[number], done)
-        synced = shard.position if shard else 0
+        shard = ShardFile(self.partial / self.files[number], self.rooms[number], finished)
+        synced = shard.position
         try:
-            for i, unit in enumerate(units):
-                line = lines[i]
-                if line is None:
-                    assert shard is not None
-                    line = self._write_unit(first + i, number, unit, shard)
-                    if shard.position - synced >= SYNC_EVERY:
-                        self._commit(shard)
-                        synced = shard.position
-                for position, row in enumerate(line["rows"]):
-                    yield Row(**{**row, "shape": tuple(row["shape"])}), 0 if position else unit.source_bytes
-            if shard is not None:
-                self._commit(shard)
-                shard.finish()
-                self.journal.add({"shard": number, "whole": True})
-                self.journal.commit()
-                shard = None
+            for index, unit in zip(indices, self.shards[number], strict=True):
+                self.progress(self.done, self.total, unit.outputs[0].name)
+                if index not in self.journal.units:
+                    lines.append(self._write_unit(index, number, unit, shard))
+                self.done += unit.source_bytes
+                if shard.position - synced >= SYNC_EVERY:
+                    self._commit(shard)
+                    synced = shard.position
+            self._commit(shard)
+            shard.finish()
+            self.journal.add({"shard": number, "whole": True})
+            self.journal.commit()
         except KeyboardInterrupt:
-            if shard is not None:
-                self._commit(shard)
+            self._commit(shard)
             raise
         finally:
-            if shard is not None:
-                shard.close()
+            shard.close()
+        return lines
 
     def _write_unit(self, index: int, number: int, unit: Unit, shard: ShardFile) -> dict[str, Any]:
         before = set(shard.rows)
@@ -295,9 +280,9 @@ class _Conversion:
         shard.sync()
         self.journal.commit()
 
-    def _write_aside(self, rows: list[Row]) -> int:
+    def _write_aside(self) -> int:
         """Everything but the weights; returns the bytes of the files of weights."""
-        self._write_config(rows)
+        self._write_config()
         self.source.save_auxiliary(self.partial)
         if self.source.adapters:
             save_peft_adapter(self.source.adapters, self.partial / "adapter", str(self.out))
@@ -306,7 +291,7 @@ class _Conversion:
             self._write_index()
         return sum(path.stat().st_size for path in files)
 
-    def _write_config(self, rows: list[Row]) -> None:
+    def _write_config(self) -> None:
         # Where it was read from is nobody else's business.
         config = {key: value for key, value in self.config_json.items() if not key.endswith("_name_or_path")}
         dtype = config.pop("dtype", None) or config.pop("torch_dtype", None) or self._float_type()
@@ -324,54 +309,12 @@ class _Conversion:
         return kinds.most_common(1)[0][0] if kinds else "float32"
 
     def _write_index(self) -> None:
-        lines = self.journal_lines()
+        lines = self.journal.units.values()
         weight_map = {t[0]: self.files[line["shard"]] for line in lines for t in line["tensors"]}
         size = sum(t[4] - t[3] for line in lines for t in line["tensors"])
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (self.partial / SAFETENSORS_INDEX).write_text(text, encoding="utf-8")
-
-    def journal_lines(self) -> list[dict[str, Any]]:
-        """Every unit's line, of this run and of those before."""
-        return list(Journal.resume(self.partial, self.head).units.values())
-
-    def _publish(self) -> None:
-        """Give the finished folder its name; an old one of that name goes only then."""
-        (self.partial / JOURNAL_NAME).unlink()
-        for path in (*self.partial.rglob("*"), self.partial):
-            _sync(path)
-        old = None
-        if self.out.exists():
-            old = self.out.with_name(self.out.name + ".replaced")
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-        self.partial.rename(self.out)
-        _sync(self.out.parent)
-        if old is not None:
-            shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def fingerprint(source: Source) -> str:
-    """A hash that tells sources apart: config, tensors' names, shapes and types, sizes of files, and samples of their bytes."""
-    digest = hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode())
-    for info in source.tensors.values():
-        digest.update(repr((info.name, info.shape, str(info.dtype), info.file)).encode())
-    for path in source.files:
-        size = path.stat().st_size
-        digest.update(repr((path.name, size)).encode())
-        with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(sample * max(size - 4096, 0) // (SAMPLES - 1))
-                digest.update(file.read(4096))
-    return digest.hexdigest()
 
 
 def _mb(nbytes: int) -> str:
