@@ -1,7 +1,13 @@
-// Kernels for AVX2 with FMA and F16C: the codebook looked up by gathers.
+// Kernels for AVX2 with FMA and F16C. Exact float32 looks the codebook up by gathers; fixed point, in registers.
+//
+// pshufb looks a byte up among sixteen by the low four bits of an index, and gives zero where its top bit is set. Taking 16 off
+// the indices again and again, with saturation, turns those below a run of sixteen entries negative: at step h only indices
+// from 16 h on still count. Each step's table is the exclusive or of a run with the one before, so what the steps of an
+// index add up to is the entry of its own run. Indices from 128 on start negative and take their turn with the top bit flipped.
 #include <immintrin.h>
 
 #include "engine.h"
+#include "engine_fixed.h"
 #include "engine_panel.h"
 #include "engine_quantize.h"
 #include "kernels.h"
@@ -79,6 +85,49 @@ struct Avx2 {
     }
   }
 
+  struct FixedCodes {
+    const uint8_t (*steps)[256];
+  };
+  static OCTAVO_INLINE FixedCodes load_fixed_codes(const Table& t) { return {t.steps}; }
+
+  template <int M, int Parts>
+  static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* scales,
+                                        const float* units, int64_t c, const int16_t* x, int64_t stride,
+                                        V (&acc)[M]) {
+    I low[2] = {}, high[2] = {}, bytes[2];
+    for (int h = 0; h < 2; h++) bytes[h] = _mm256_loadu_si256(reinterpret_cast<const I*>(q + 32 * h));
+    for (int half = 0; half < 2; half++) {
+      I i[2];
+      for (int h = 0; h < 2; h++) i[h] = half ? _mm256_xor_si256(bytes[h], _mm256_set1_epi8(-128)) : bytes[h];
+      for (int step = 8 * half; step < 8 * half + 8; step++) {
+        const I l = run_of(codes.steps[0], step), u = run_of(codes.steps[1], step);
+        for (int h = 0; h < 2; h++) {
+          low[h] = _mm256_xor_si256(low[h], _mm256_shuffle_epi8(l, i[h]));
+          high[h] = _mm256_xor_si256(high[h], _mm256_shuffle_epi8(u, i[h]));
+          i[h] = _mm256_subs_epi8(i[h], _mm256_set1_epi8(16));
+        }
+      }
+    }
+    for (int h = 0; h < 2; h++) {
+      // Lanes of 128 bits: each holds sixteen weights, the first eight in `even`.
+      const I even = _mm256_unpacklo_epi8(low[h], high[h]), odd = _mm256_unpackhi_epi8(low[h], high[h]);
+      const V scale = Parts == 1   ? set1(scales[c])
+                      : Parts == 2 ? set1(scales[2 * c + h])
+                                   : _mm256_set_m128(_mm_set1_ps(scales[4 * c + 2 * h + 1]),
+                                                     _mm_set1_ps(scales[4 * c + 2 * h]));
+      for (int m = 0; m < M; m++) {
+        const I* xm = reinterpret_cast<const I*>(x + m * stride + c * kChunk + 32 * h);
+        const I sum = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(xm)),
+                                       _mm256_madd_epi16(odd, _mm256_loadu_si256(xm + 1)));
+        const V unit = set1(units[m * (stride / kChunk) + c]);
+        acc[m] = fma(mul(_mm256_cvtepi32_ps(sum), unit), scale, acc[m]);
+      }
+    }
+  }
+  static OCTAVO_INLINE I run_of(const uint8_t* steps, int step) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(steps + 16 * step)));
+  }
+
   static OCTAVO_INLINE I no_magnitude() { return _mm256_setzero_si256(); }
   static OCTAVO_INLINE I larger_magnitude(I a, V v) {
     return _mm256_max_epu32(a, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
@@ -116,11 +165,62 @@ struct Avx2 {
   }
 };
 
+// Largest magnitude of `n` values, a multiple of 8.
+OCTAVO_INLINE uint32_t largest_of(const float* values, int64_t n) {
+  __m256i magnitude = Avx2::no_magnitude();
+  for (int64_t i = 0; i < n; i += 8) magnitude = Avx2::larger_magnitude(magnitude, Avx2::load(values + i));
+  return Avx2::largest_magnitude(magnitude);
+}
+
+// Sixteen values times `factor`, rounded → int16, in order.
+OCTAVO_INLINE __m256i round_to_words(const float* values, __m256 factor) {
+  const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(Avx2::load(values), factor));
+  const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(Avx2::load(values + 8), factor));
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+}
+
+void prepare_steps(const float* code, bool fixed, Table& t) {
+  std::memcpy(t.code, code, sizeof t.code);
+  if (!fixed) return;
+  const float top = float_of(largest_of(t.code, 256));
+  const __m256 factor = _mm256_set1_ps(top > 0.0f ? 16383.0f / top : 0.0f);
+  for (int i = 0; i < 256; i += 16)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(t.fixed + i), round_to_words(t.code + i, factor));
+  for (int i = 0; i < 256; i++) {
+    // The first run of each half stands for itself.
+    const unsigned entry = static_cast<uint16_t>(t.fixed[i]);
+    const unsigned before = i % 128 < 16 ? 0u : static_cast<uint16_t>(t.fixed[i - 16]);
+    t.steps[0][i] = static_cast<uint8_t>(entry ^ before);
+    t.steps[1][i] = static_cast<uint8_t>((entry ^ before) >> 8);
+  }
+  t.fixed_unit = top / 16383.0f;
+}
+
+// As to_fixed512, in the order that `fixed_chunk` unpacks: of each four runs of eight values, first the even ones.
+bool to_fixed256(const float* x, int64_t tokens, int64_t columns, float unit, int16_t* fixed, float* units) {
+  bool usable = true;
+  const int64_t chunks = tokens * chunks_of(columns);
+  for (int64_t c = 0; c < chunks; c++, x += kChunk, fixed += kChunk) {
+    const uint32_t bits = largest_of(x, kChunk);
+    const float top = float_of(bits);
+    usable = usable && bits < 0x7f800000u && (bits == 0 || top > 0x1p-100f);
+    const __m256 factor = _mm256_set1_ps(top > 0.0f ? 32767.0f / top : 0.0f);
+    for (int h = 0; h < 2; h++) {
+      const __m256i a = round_to_words(x + 32 * h, factor), b = round_to_words(x + 32 * h + 16, factor);
+      __m256i* out = reinterpret_cast<__m256i*>(fixed + 32 * h);
+      _mm256_storeu_si256(out, _mm256_permute2x128_si256(a, b, 0x20));
+      _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(a, b, 0x31));
+    }
+    *units++ = top / 32767.0f * unit;
+  }
+  return usable;
+}
+
 }  // namespace
 
 const Kernels& avx2_kernels() {
   static constexpr Kernels kernels{
-      "avx2", prepare_plain, widen<Avx2>, narrow<Avx2>, nullptr, dot<Avx2>, nullptr, transposed<Avx2>,
+      "avx2", prepare_steps, widen<Avx2>, narrow<Avx2>, to_fixed256, dot<Avx2>, dot_fixed<Avx2>, transposed<Avx2>,
       dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, count<Avx2>};
   return kernels;
 }

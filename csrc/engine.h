@@ -115,19 +115,20 @@ void expand_scales(const Scales& s, int64_t row, int64_t columns, int64_t parts,
   for (; i < end; i++) out[i - begin] = 0.0f;
 }
 
-// The scales of one row after another, each as `expand_scales` gives them for all chunks. Where a block is a chunk's part,
+// The scales of one row after another, each as `expand_scales` gives them for a range of chunks. For whole rows, where a block is a chunk's part,
 // rows follow each other as they are stored, and many are converted at once; a last chunk then sees the next row's scales
 // for weights that do not exist, whose input is zero.
 template <class S>
 class RowScales {
  public:
-  RowScales(const Scales& s, int64_t columns, int64_t parts, float* buffer)
-      : s_(s), columns_(columns), parts_(parts), chunks_(chunks_of(columns)), buffer_(buffer),
-        stored_(s.block * parts == kChunk), step_(stored_ ? 1 + kAtOnce / (s.per_row + 1) : 1) {}
+  RowScales(const Scales& s, int64_t columns, int64_t parts, int64_t chunk0, int64_t chunk1, float* buffer)
+      : s_(s), columns_(columns), parts_(parts), chunk0_(chunk0), chunk1_(chunk1), buffer_(buffer),
+        stored_(s.block * parts == kChunk && chunk0 == 0 && chunk1 == chunks_of(columns)),
+        step_(stored_ ? 1 + kAtOnce / (s.per_row + 1) : 1) {}
 
   OCTAVO_INLINE const float* row(int64_t n, int64_t end) {
     if (!stored_) {
-      expand_scales<S>(s_, n, columns_, parts_, 0, chunks_, buffer_);
+      expand_scales<S>(s_, n, columns_, parts_, chunk0_, chunk1_, buffer_);
       return buffer_;
     }
     if (n >= next_) load(n, end);
@@ -146,7 +147,7 @@ class RowScales {
   }
 
   const Scales s_;
-  const int64_t columns_, parts_, chunks_;
+  const int64_t columns_, parts_, chunk0_, chunk1_;
   float* const buffer_;
   const bool stored_;
   const int64_t step_;
@@ -198,7 +199,7 @@ void dot_rows(const Packed& w, const Table& table, const float* x, int64_t strid
               int64_t row1, const Output& out, float* scratch) {
   const typename S::Codes codes = S::load_codes(table);
   const int64_t chunks = chunks_of(w.columns), full = w.columns / kChunk;
-  RowScales<S> row_scales(w.scales, w.columns, Parts, scratch);
+  RowScales<S> row_scales(w.scales, w.columns, Parts, 0, chunks, scratch);
   uint8_t tail[kChunk];
   for (int64_t n = row0; n < row1; n++) {
     const float* scales = row_scales.row(n, row1);

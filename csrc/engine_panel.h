@@ -8,15 +8,16 @@ namespace {
 
 template <class S, DType T, int Parts>
 void dequantize_rows(const Packed& w, const Table& table, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
-                     void* out, int64_t stride, float* scales) {
+                     void* out, int64_t stride, float* scratch) {
   constexpr int J = kChunk / S::L;
   const typename S::Codes codes = S::load_codes(table);
   const int64_t chunk0 = col0 / kChunk, chunk1 = chunks_of(col1);
+  RowScales<S> row_scales(w.scales, w.columns, Parts, chunk0, chunk1, scratch);
   uint8_t tail[kChunk];
   float last[kChunk];
   typename S::V v[J];
   for (int64_t n = row0; n < row1; n++) {
-    expand_scales<S>(w.scales, n, w.columns, Parts, chunk0, chunk1, scales);
+    const float* scales = row_scales.row(n, row1);
     const uint8_t* row = w.qdata + n * w.columns;
     const int64_t base = (n - row0) * stride - col0;
     for (int64_t c = chunk0; c < chunk1; c++) {
@@ -54,14 +55,15 @@ void dequantize(const Packed& w, const Table& table, int64_t row0, int64_t row1,
 // The sums stay in the first-level cache while the rows pass by: a task takes all rows and a few hundred columns.
 template <class S, int Parts>
 void transposed_parts(const Packed& w, const Table& table, const float* x, int64_t x_stride, int64_t tokens,
-                      int64_t col0, int64_t col1, float* sums, int64_t sums_stride, float* scales) {
+                      int64_t col0, int64_t col1, float* sums, int64_t sums_stride, float* scratch) {
   constexpr int J = kChunk / S::L;
   const typename S::Codes codes = S::load_codes(table);
   const int64_t chunk0 = col0 / kChunk, chunk1 = chunks_of(col1);
+  RowScales<S> row_scales(w.scales, w.columns, Parts, chunk0, chunk1, scratch);
   uint8_t tail[kChunk];
   typename S::V v[J];
   for (int64_t n = 0; n < w.rows; n++) {
-    expand_scales<S>(w.scales, n, w.columns, Parts, chunk0, chunk1, scales);
+    const float* scales = row_scales.row(n, w.rows);
     const uint8_t* row = w.qdata + n * w.columns;
     for (int64_t c = chunk0; c < chunk1; c++) {
       S::decode(codes, chunk_of(row, c, w.columns, tail), v);

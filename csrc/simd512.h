@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "engine.h"
+#include "engine_fixed.h"
 #include "engine_panel.h"
 #include "engine_quantize.h"
 
@@ -167,9 +168,8 @@ OCTAVO_INLINE __m512 lane_scales(const float* scales, int64_t c) {
 }
 
 template <class S, int M, int Parts>
-OCTAVO_INLINE void dot_fixed_chunk(const typename S::FixedCodes& codes, const uint8_t* q, const float* scales,
-                                   const float* units, int64_t c, const int16_t* x, int64_t stride,
-                                   __m512 (&acc)[M]) {
+OCTAVO_INLINE void fixed_chunk512(const typename S::FixedCodes& codes, const uint8_t* q, const float* scales,
+                                  const float* units, int64_t c, const int16_t* x, int64_t stride, __m512 (&acc)[M]) {
   __m512i low, high;
   S::decode_fixed(codes, q, low, high);
   const __m512 scale = lane_scales<Parts>(scales, c);
@@ -180,57 +180,6 @@ OCTAVO_INLINE void dot_fixed_chunk(const typename S::FixedCodes& codes, const ui
     sum = S::madd(sum, high, _mm512_loadu_si512(xm + 32));
     const __m512 unit = _mm512_set1_ps(units[m * (stride / kChunk) + c]);
     acc[m] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit), scale, acc[m]);
-  }
-}
-
-template <class S, int M, int Parts>
-void dot_fixed_rows(const Packed& w, const Table& table, const Tokens& x, int64_t token, int64_t row0, int64_t row1,
-                    const Output& out, float* scratch) {
-  const typename S::FixedCodes codes = S::load_fixed_codes(table);
-  const int64_t chunks = chunks_of(w.columns), full = w.columns / kChunk;
-  const int16_t* fixed = x.fixed + token * x.stride;
-  const float* units = x.units + token * chunks;
-  RowScales<S> row_scales(w.scales, w.columns, Parts, scratch);
-  uint8_t tail[kChunk];
-  for (int64_t n = row0; n < row1; n++) {
-    const float* scales = row_scales.row(n, row1);
-    const uint8_t* row = w.qdata + n * w.columns;
-    __m512 acc[M];
-    for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < full; c++) {
-      OCTAVO_PREFETCH(row + c * kChunk + kPrefetch);
-      dot_fixed_chunk<S, M, Parts>(codes, row + c * kChunk, scales, units, c, fixed, x.stride, acc);
-    }
-    if (full < chunks)
-      dot_fixed_chunk<S, M, Parts>(codes, chunk_of(row, full, w.columns, tail), scales, units, full, fixed, x.stride,
-                                    acc);
-    for (int m = 0; m < M; m++) {
-      const float sum = _mm512_reduce_add_ps(acc[m]) + (out.bias ? out.bias[n] : 0.0f);
-      write(out.data, out.type, (token + m) * out.stride + n, sum);
-    }
-  }
-}
-
-template <class S, int Parts>
-void dot_fixed_parts(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1,
-                     const Output& out, float* scratch) {
-  for (int64_t m = 0; m < x.count; m += 4) {
-    const int64_t group = x.count - m;
-    if (group >= 4) dot_fixed_rows<S, 4, Parts>(w, table, x, m, row0, row1, out, scratch);
-    else if (group == 3) dot_fixed_rows<S, 3, Parts>(w, table, x, m, row0, row1, out, scratch);
-    else if (group == 2) dot_fixed_rows<S, 2, Parts>(w, table, x, m, row0, row1, out, scratch);
-    else dot_fixed_rows<S, 1, Parts>(w, table, x, m, row0, row1, out, scratch);
-  }
-}
-
-// Only for matrices whose `parts_of` is 1, 2 or 4.
-template <class S>
-void dot_fixed(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1, const Output& out,
-               float* scratch) {
-  switch (parts_of(w.scales)) {
-    case 1: return dot_fixed_parts<S, 1>(w, table, x, row0, row1, out, scratch);
-    case 2: return dot_fixed_parts<S, 2>(w, table, x, row0, row1, out, scratch);
-    default: return dot_fixed_parts<S, 4>(w, table, x, row0, row1, out, scratch);
   }
 }
 

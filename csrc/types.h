@@ -42,6 +42,8 @@ struct alignas(64) Table {
   // Fixed point: code ≈ fixed * fixed_unit with |fixed| <= 16383, and the bytes of `fixed`.
   int16_t fixed[256];
   uint8_t fixed_bytes[2][256];
+  // Byte planes of `fixed`, each run of sixteen entries exclusive-or'ed with the run before it in its half (AVX2).
+  uint8_t steps[2][256];
   float fixed_unit;
 };
 

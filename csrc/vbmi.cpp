@@ -75,6 +75,12 @@ struct Vbmi : Simd512 {
     low = _mm512_unpacklo_epi8(b0, b1);
     high = _mm512_unpackhi_epi8(b0, b1);
   }
+  template <int M, int Parts>
+  static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* scales,
+                                        const float* units, int64_t c, const int16_t* x, int64_t stride,
+                                        V (&acc)[M]) {
+    fixed_chunk512<Vbmi, M, Parts>(codes, q, scales, units, c, x, stride, acc);
+  }
   static OCTAVO_INLINE __m512i madd(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
 #if defined(OCTAVO_BF16)

@@ -1,0 +1,64 @@
+// The product in 16-bit fixed point, for 16-bit inputs: as fast as the byte planes of the codebook can be looked up.
+//
+// The code becomes integers of at most 16383, each chunk of 64 inputs integers of at most 32767 with a unit of its own, so
+// four products add up in 32 bits. Against float64 this errs less than rounding the weights to bfloat16 or float16 does. The
+// policy provides `FixedCodes`, and `fixed_chunk` that adds one chunk's products to the sums of M tokens.
+#pragma once
+#include "engine.h"
+
+namespace octavo {
+namespace {
+
+template <class S, int M, int Parts>
+void dot_fixed_rows(const Packed& w, const Table& table, const Tokens& x, int64_t token, int64_t row0, int64_t row1,
+                    const Output& out, float* scratch) {
+  const typename S::FixedCodes codes = S::load_fixed_codes(table);
+  const int64_t chunks = chunks_of(w.columns), full = w.columns / kChunk;
+  const int16_t* fixed = x.fixed + token * x.stride;
+  const float* units = x.units + token * chunks;
+  RowScales<S> row_scales(w.scales, w.columns, Parts, 0, chunks, scratch);
+  uint8_t tail[kChunk];
+  for (int64_t n = row0; n < row1; n++) {
+    const float* scales = row_scales.row(n, row1);
+    const uint8_t* row = w.qdata + n * w.columns;
+    typename S::V acc[M];
+    for (int m = 0; m < M; m++) acc[m] = S::zero();
+    for (int64_t c = 0; c < full; c++) {
+      OCTAVO_PREFETCH(row + c * kChunk + kPrefetch);
+      S::template fixed_chunk<M, Parts>(codes, row + c * kChunk, scales, units, c, fixed, x.stride, acc);
+    }
+    if (full < chunks)
+      S::template fixed_chunk<M, Parts>(codes, chunk_of(row, full, w.columns, tail), scales, units, full, fixed,
+                                        x.stride, acc);
+    for (int m = 0; m < M; m++) {
+      const float sum = S::sum(acc[m]) + (out.bias ? out.bias[n] : 0.0f);
+      write(out.data, out.type, (token + m) * out.stride + n, sum);
+    }
+  }
+}
+
+template <class S, int Parts>
+void dot_fixed_parts(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1,
+                     const Output& out, float* scratch) {
+  for (int64_t m = 0; m < x.count; m += 4) {
+    const int64_t group = x.count - m;
+    if (group >= 4) dot_fixed_rows<S, 4, Parts>(w, table, x, m, row0, row1, out, scratch);
+    else if (group == 3) dot_fixed_rows<S, 3, Parts>(w, table, x, m, row0, row1, out, scratch);
+    else if (group == 2) dot_fixed_rows<S, 2, Parts>(w, table, x, m, row0, row1, out, scratch);
+    else dot_fixed_rows<S, 1, Parts>(w, table, x, m, row0, row1, out, scratch);
+  }
+}
+
+// Only for matrices whose `parts_of` is 1, 2 or 4.
+template <class S>
+void dot_fixed(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1, const Output& out,
+               float* scratch) {
+  switch (parts_of(w.scales)) {
+    case 1: return dot_fixed_parts<S, 1>(w, table, x, row0, row1, out, scratch);
+    case 2: return dot_fixed_parts<S, 2>(w, table, x, row0, row1, out, scratch);
+    default: return dot_fixed_parts<S, 4>(w, table, x, row0, row1, out, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace octavo
