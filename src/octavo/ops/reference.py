@@ -34,7 +34,8 @@ def _panels(rows: int, columns: int):
 def round_up_to_half(x: torch.Tensor) -> torch.Tensor:
     """The smallest float16 that is at least x; x: float32, non-negative, at most 65504. Returns float16."""
     half = x.to(torch.float16)
-    above = torch.nextafter(half, torch.full_like(half, torch.inf))
+    # The next number up is the next bit pattern; torch.nextafter knows float16 on few devices.
+    above = (half.view(torch.int16) + 1).view(torch.float16)
     return torch.where(half.to(torch.float32) < x, above, half)
 
 
