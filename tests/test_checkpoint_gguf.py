@@ -96,6 +96,92 @@ def test_quantized_file_agrees_with_transformers(tmp_path):
             assert torch.equal(source.read(name), theirs[name]), name
 
 
+def write_qwen3_moe(path, model):
+    """A GGUF file of a small Qwen 3 MoE: gate, up and down of all experts are one tensor each."""
+    import gguf
+
+    config = model.config
+    width = config.moe_intermediate_size
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size - 1)] + ["ab"])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["a b"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        layer = name.removeprefix("model.layers.").split(".")[0]
+        if name.endswith("experts.gate_up_proj"):
+            writer.add_tensor(f"blk.{layer}.ffn_gate_exps.weight", np.ascontiguousarray(array[:, :width]))
+            writer.add_tensor(f"blk.{layer}.ffn_up_exps.weight", np.ascontiguousarray(array[:, width:]))
+        elif name.endswith("experts.down_proj"):
+            writer.add_tensor(f"blk.{layer}.ffn_down_exps.weight", array)
+        else:
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def qwen3_moe(width):
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        vocab_size=TOKENS,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+
+
+def test_experts_are_put_together_again(tmp_path):
+    """Two tensors of the file become one parameter, as in transformers' own loading."""
+    from transformers import AutoModelForCausalLM
+
+    # 768 is the only width that transformers assumes for this architecture.
+    model = build(qwen3_moe(768))
+    (tmp_path / "gguf").mkdir()
+    write_qwen3_moe(tmp_path / "gguf" / "m.gguf", model)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="m.gguf").state_dict()
+    with open_source(tmp_path / "gguf") as source:
+        assert set(source.tensors) == set(model.state_dict())
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(source.read(name), tensor), name
+            assert torch.equal(source.read(name), theirs[name]), name
+        result = convert(source, tmp_path / "out")
+    assert result.unexpected == []
+    assert 0 < result.error < 1e-4
+
+
+def test_metadata_that_transformers_does_not_take_is_an_error(tmp_path):
+    (tmp_path / "gguf").mkdir()
+    write_qwen3_moe(tmp_path / "gguf" / "m.gguf", build(qwen3_moe(96)))
+    with pytest.raises(CheckpointError, match=r"experts\.\w+: expected shape .*768.* found .*96"):
+        convert(tmp_path / "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_conversion_is_that_of_the_dequantized_model(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -90,11 +90,20 @@ def write_unit(unit: Unit, shard: ShardFile, source: Source, model: Any) -> list
     return rows
 
 
+def _require_shape(output: Output, tensor: torch.Tensor) -> None:
+    # The place in the file was chosen from this shape: another would overwrite what follows.
+    if tuple(tensor.shape) != tuple(output.shape):
+        raise CheckpointError(
+            f"{output.name}: expected shape {list(output.shape)}, found {list(tensor.shape)} when it was read"
+        )
+
+
 def _write_output(
     output: Output, tensor: torch.Tensor | None, unit: Unit, shard: ShardFile, source: Source
 ) -> Row:
     if output.entry is None:
         assert tensor is not None
+        _require_shape(output, tensor)
         if output.check and tensor.is_floating_point() and not torch.isfinite(tensor.to(torch.float32)).all():
             raise CheckpointError(f"{source.folder}: {NOT_FINITE.format(output.name)}")
         shard.write(shard.reserve(output.name, output.dtype, output.shape), tensor.to(output.dtype))
@@ -102,6 +111,7 @@ def _write_output(
     if output.exact:
         return _write_published(output, unit, shard, source)
     assert tensor is not None
+    _require_shape(output, tensor)
     stored = tensor.mT if output.entry.transposed else tensor
     matrices = stored.reshape(-1, *stored.shape[-2:])
     return _write_matrices(output, len(matrices), matrices.__getitem__, shard)

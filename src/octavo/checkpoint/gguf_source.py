@@ -149,6 +149,16 @@ class GgufSource(Source):
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in float32, de-quantized."""
+        tensor = self._read(name)
+        expected = self.tensors[name].shape
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(
+                f"{self.path}: {name}: expected shape {list(expected)}, found {list(tensor.shape)}; transformers does "
+                "not take all it needs from this GGUF's metadata: convert the original checkpoint instead"
+            )
+        return tensor
+
+    def _read(self, name: str) -> torch.Tensor:
         if self._has_transforms():
             return torch.from_numpy(np.array(self._dequantize(self._parts[name][0])))
         # Processors that put several tensors of the file into one leave it in `gathered`.
