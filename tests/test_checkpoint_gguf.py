@@ -26,6 +26,11 @@ def permute(weight, heads):
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
+def letters(count):
+    """A vocabulary for one merge, "a" and "b"."""
+    return [chr(33 + i) if i < 94 else f"t{i}" for i in range(count - 1)] + ["ab"]
+
+
 def write_llama(path, model, *, output=True, quantize=None):
     """A GGUF file of a small Llama, written with the gguf package."""
     import gguf
@@ -44,8 +49,7 @@ def write_llama(path, model, *, output=True, quantize=None):
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    letters = [chr(33 + i) if i < 94 else f"t{i}" for i in range(config.vocab_size - 1)] + ["ab"]
-    writer.add_token_list(letters)
+    writer.add_token_list(letters(config.vocab_size))
     writer.add_token_types([1] * config.vocab_size)
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
@@ -116,7 +120,7 @@ def write_qwen3_moe(path, model):
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size - 1)] + ["ab"])
+    writer.add_token_list(letters(config.vocab_size))
     writer.add_token_types([1] * config.vocab_size)
     writer.add_token_merges(["a b"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
@@ -174,6 +178,53 @@ def test_experts_are_put_together_again(tmp_path):
     assert 0 < result.error < 1e-4
 
 
+def test_architecture_of_transformers_newer_reader(tmp_path):
+    """LFM2 is read through weight transforms from the file's own names."""
+    import gguf
+    from transformers import AutoModelForCausalLM, Lfm2Config
+
+    config = Lfm2Config(
+        vocab_size=TOKENS,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        layer_types=["conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+    )
+    model = build(config)
+    (tmp_path / "gguf").mkdir()
+    writer = gguf.GGUFWriter(tmp_path / "gguf" / "m.gguf", "lfm2")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv([0, 2])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e6)
+    writer.add_vocab_size(TOKENS)
+    writer.add_shortconv_l_cache(3)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(letters(TOKENS))
+    writer.add_token_types([1] * TOKENS)
+    writer.add_token_merges(["a b"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LFM2, 2)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            array = tensor.squeeze(1).numpy() if name.endswith("conv.conv.weight") else tensor.numpy()
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert convert(tmp_path / "gguf", tmp_path / "out").unexpected == []
+    live = octavo.quantize_model(model)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(live))
+
+
 def test_metadata_that_transformers_does_not_take_is_an_error(tmp_path):
     (tmp_path / "gguf").mkdir()
     write_qwen3_moe(tmp_path / "gguf" / "m.gguf", build(qwen3_moe(96)))
@@ -195,6 +246,17 @@ def test_conversion_is_that_of_the_dequantized_model(tmp_path):
     live = octavo.quantize_model(plain, octavo.OctavoConfig())
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(live))
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_tokenizer_that_cannot_be_converted_is_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "gguf").mkdir()
+    monkeypatch.setitem(globals(), "letters", lambda count: [f"t{i}" for i in range(count)])
+    write_llama(tmp_path / "gguf" / "m.gguf", build(CONFIGS["llama"]()))
+    with pytest.warns(
+        UserWarning, match=r"cannot convert its tokenizer.*out of vocabulary.*copy the original"
+    ):
+        convert(tmp_path / "gguf", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_what_is_no_gguf_is_explained(tmp_path):
