@@ -45,4 +45,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/${isa}.cpp
       TARGET_DIRECTORY octavo_kernels PROPERTIES COMPILE_OPTIONS "${${isa}}")
   endforeach()
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$" AND NOT MSVC)
+  target_compile_definitions(octavo_kernels PUBLIC OCTAVO_NEON)
+  target_sources(octavo_kernels PRIVATE ${CMAKE_CURRENT_LIST_DIR}/neon.cpp)
 endif()

@@ -83,6 +83,8 @@ struct Supported {
     if (features().vbmi) list[n++] = &vbmi_kernels();
     if (features().avx512) list[n++] = &avx512_kernels();
     if (features().avx2) list[n++] = &avx2_kernels();
+#elif defined(OCTAVO_NEON)
+    list[n++] = &neon_kernels();  // every 64-bit ARM has it
 #endif
     list[n++] = &portable_kernels();
   }
@@ -104,6 +106,8 @@ const Kernels* find_kernels(const char* name) {
 const char* cpu_features() {
 #if defined(OCTAVO_X86)
   return features().words;
+#elif defined(OCTAVO_NEON)
+  return "neon";
 #else
   return "";
 #endif

@@ -10,6 +10,8 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& vbmi_kernels();
 const Kernels& vbmi_bf16_kernels();
+#elif defined(OCTAVO_NEON)
+const Kernels& neon_kernels();
 #endif
 
 // What this processor and its operating system can run, best first; ends with null.

@@ -39,8 +39,9 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #   float32    8: 3.5 / 5.9   24: 9.6 / 11    32: 13 / 13.7   64: 25 / 24
 #   float16   64: 13 / 24 (panels in float32: PyTorch's float16 takes 74), and so on in proportion
 _FUSED_TOKENS = {torch.bfloat16: 16, torch.float32: 32, torch.float16: 1 << 40}
-# The same for kernels that look codes up in memory (avx2, portable).
-_FUSED_TOKENS_BY_MEMORY = 4
+# The same for avx2, neon and portable, where looking a code up costs more: on avx2, 2048 x 2048, bfloat16, one core of a Zen 5:
+# 4: 1.2 / 1.7   8: 2.3 / 1.9.
+_FUSED_TOKENS_SLOW = 4
 # Most tokens for the fused product with the transposed matrix. 2048 x 2048, as above, bfloat16: 8: 0.99 / 1.45, 16: 2.1 / 1.2.
 _FUSED_TOKENS_TRANSPOSED = 8
 # Bytes of a de-quantized panel: it should stay in the second-level caches. Measured as above, 8192 x 2048, 512 tokens of
@@ -120,7 +121,7 @@ def _panel_types() -> dict[torch.dtype, torch.dtype]:
     """
     types = {torch.float32: torch.float32, torch.float16: torch.float32, torch.bfloat16: torch.bfloat16}
     features = _native.cpu_features() if _native is not None else ""
-    if features and "avx512_bf16" not in features:
+    if "avx" in features and "avx512_bf16" not in features:
         types[torch.bfloat16] = torch.float32
     return types
 
@@ -129,8 +130,8 @@ _PANEL_TYPES = _panel_types()
 
 
 def _fused_tokens() -> dict[torch.dtype, int]:
-    if _native is None or _native.active() in ("avx2", "portable"):
-        return dict.fromkeys(_TYPES, _FUSED_TOKENS_BY_MEMORY)
+    if _native is None or _native.active() in ("avx2", "neon", "portable"):
+        return dict.fromkeys(_TYPES, _FUSED_TOKENS_SLOW)
     return _FUSED_TOKENS
 
 
