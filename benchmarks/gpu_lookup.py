@@ -13,6 +13,14 @@ from octavo.ops.triton import choose, cuda_kernels
 from .gpu_common import Report, copies_for, copy_bandwidth, matrix, measure
 
 COPIES = (1, 2, 4, 8, 16, 32)
+# Tokens -> tilings of `linear_mma` to try: 16-row tiles a warp, groups of warps, depth.
+MMA_TILINGS = {
+    1: [(1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 1, 4), (1, 2, 2), (2, 1, 1), (2, 1, 2)],
+    8: [(1, 1, 2), (1, 1, 4), (1, 2, 2), (1, 4, 2), (2, 1, 2), (2, 2, 2)],
+    16: [(1, 1, 2), (1, 2, 2), (1, 4, 2), (2, 2, 1), (2, 4, 1)],
+    32: [(1, 2, 2), (1, 4, 1), (1, 4, 2), (2, 2, 1), (2, 4, 1), (2, 4, 2)],
+    64: [(1, 4, 1), (1, 4, 2), (2, 2, 2), (2, 4, 1), (2, 4, 2)],
+}
 
 
 def lookups():
@@ -99,18 +107,14 @@ def cuda_sweeps(timed, rows, columns, block, dtype, device, read) -> None:
                     ),
                 )
     if "cuda_mma" in products:
-        for tokens in (1, 8, 16, 32):
-            for tiles, depth in ((1, 2), (1, 3), (1, 4), (2, 1), (2, 2)):
-                if tiles == 2 and tokens > 16:
-                    continue
+        for tokens in (1, 8, 16, 32, 64):
+            for tiling in MMA_TILINGS[tokens]:
                 timed(
                     "settings",
                     "cuda_mma",
-                    f"{16 * tiles} rows a block, depth {depth}",
+                    f"{16 * tiling[0]} rows a warp, {tiling[1]} groups, depth {tiling[2]}",
                     tokens,
-                    lambda m, x, out, t=tiles, d=depth: cuda_kernels.linear_mma(
-                        x, *m, block, None, out, m_tiles=t, depth=d
-                    ),
+                    lambda m, x, out, t=tiling: cuda_kernels.linear_mma(x, *m, block, None, out, tiling=t),
                 )
     for depth in (1, 2, 4, 8):
         timed(

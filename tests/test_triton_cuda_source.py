@@ -130,35 +130,20 @@ def test_simt_several_tokens(build):
 
 @needs_gxx
 @pytest.mark.parametrize(
-    "dtype, scales, tokens, rows, columns, block, m, n, grid, bias",
+    "dtype, scales, tokens, rows, columns, block, tiles, groups, grid, bias",
     [
-        (torch.bfloat16, torch.float16, 1, 50, 1040, 64, 1, 1, 2, True),  # 16 columns in the last chunk
-        (
-            torch.bfloat16,
-            torch.float16,
-            7,
-            16,
-            256,
-            32,
-            1,
-            1,
-            1,
-            False,
-        ),  # fewer columns than a step
-        (torch.float16, torch.float32, 8, 90, 2560, 128, 2, 1, 2, True),
-        (torch.float16, torch.float16, 13, 40, 1024, 64, 1, 2, 1, False),
-        (torch.bfloat16, torch.float32, 32, 33, 1536, 4096, 1, 4, 5, True),  # more blocks than tiles
+        (torch.bfloat16, torch.float16, 1, 50, 1040, 64, (1, 1), 1, 2, True),  # 16 columns in the last step
+        (torch.bfloat16, torch.float16, 7, 16, 256, 32, (1, 1), 1, 1, False),  # fewer columns than a step
+        (torch.float16, torch.float32, 8, 90, 2560, 128, (2, 1), 1, 2, True),
+        (torch.float16, torch.float16, 13, 40, 1024, 64, (1, 2), 2, 1, False),
+        (torch.bfloat16, torch.float32, 32, 70, 1536, 4096, (1, 4), 4, 5, True),  # more blocks than tiles
+        (torch.float16, torch.float16, 61, 150, 528, 64, (2, 8), 4, 2, True),  # sums exchanged in four turns
     ],
 )
-def test_mma(build, dtype, scales, tokens, rows, columns, block, m, n, grid, bias):
-    run = build(
-        "linear_mma",
-        X_TYPE=TYPES[dtype],
-        SCALE=int(scales == torch.float16),
-        M_TILES=m,
-        N_TILES=n,
-        DEPTH=2,
-    )
+def test_mma(build, dtype, scales, tokens, rows, columns, block, tiles, groups, grid, bias):
+    half = int(scales == torch.float16)
+    sizes = {"M_TILES": tiles[0], "N_TILES": tiles[1], "WARPS_M": groups, "DEPTH": 2}
+    run = build("linear_mma", X_TYPE=TYPES[dtype], SCALE=half, **sizes)
     check_linear(run, grid, dtype, tokens, rows, columns, block, scales, bias)
 
 
@@ -214,7 +199,8 @@ def test_decode_is_the_reference_bit_for_bit(build, dtype):
         ("linear_simt", "-DX_TYPE=1 -DSCALE=1 -DTOKENS=1 -DROWS=4 -DDEPTH=2"),
         ("linear_simt", "-DX_TYPE=0 -DSCALE=0 -DTOKENS=8 -DROWS=2 -DDEPTH=2"),
         ("linear_mma", "-DX_TYPE=2 -DSCALE=1 -DM_TILES=1 -DN_TILES=1 -DDEPTH=2"),
-        ("linear_mma", "-DX_TYPE=1 -DSCALE=0 -DM_TILES=1 -DN_TILES=4 -DDEPTH=2"),
+        ("linear_mma", "-DX_TYPE=1 -DSCALE=0 -DM_TILES=1 -DN_TILES=4 -DWARPS_M=4 -DDEPTH=2"),
+        ("linear_mma", "-DX_TYPE=2 -DSCALE=1 -DM_TILES=2 -DN_TILES=8 -DWARPS_M=4 -DDEPTH=2"),
         ("decode_rows", "-DX_TYPE=2 -DSCALE=1 -DDEPTH=4"),
     ],
 )

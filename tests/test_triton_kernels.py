@@ -199,7 +199,7 @@ def test_linear_and_its_transpose_through_the_choice(dtype, tokens, monkeypatch)
     from octavo.ops.triton import panels
 
     # Small panels, so that there are several, the last one partial.
-    monkeypatch.setattr(panels, "PANEL_BYTES", 1)
+    monkeypatch.setattr(panels, "LARGEST_PANEL_BYTES", 1)
     monkeypatch.setattr(panels, "STEP", 32)
     rows, columns, block = 40, 140, 64
     qdata, absmax, code = packed(rows, columns, block, torch.float16)
@@ -213,6 +213,26 @@ def test_linear_and_its_transpose_through_the_choice(dtype, tokens, monkeypatch)
     exact = back.double() @ weight.double()
     out = triton.linear_transposed(back, qdata, absmax, code, block)
     assert error(out, exact) <= limit(dtype, back, weight.t(), None, exact)
+
+
+def test_panels_fill_the_gpu_within_bounds():
+    from octavo.ops.triton.panels import LARGEST_PANEL_BYTES, step_for
+
+    # As much as the cache holds, where that fills the GPU.
+    assert step_for(8192, 4096, 16384, 2) == 4096
+    # Larger for few tokens and for long rows, whose panels have few of them: half of this matrix, not a quarter.
+    assert step_for(2048, 16384, 4096, 2) == 2048
+    # Never beyond the bound, and in equal parts.
+    for tokens, other, total in (
+        (1, 4096, 50400),
+        (300, 50400, 4096),
+        (2048, 128256, 4096),
+        (129, 16384, 4096),
+    ):
+        step = step_for(tokens, other, total, 2)
+        assert step == total or step % 256 == 0
+        assert step * other * 2 <= max(LARGEST_PANEL_BYTES, 256 * other * 2)
+        assert -(-total // step) * step < total + 256 * -(-total // step)
 
 
 def test_empty_tensors():

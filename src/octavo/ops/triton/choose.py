@@ -3,8 +3,8 @@
 | tokens | float16, bfloat16 | float32 | odd rows or blocks |
 | --- | --- | --- | --- |
 | 1 to 8 | cuda_mma (sm_80 and later), else cuda_simt | cuda_simt | triton_gemv, triton_gemm |
-| 9 to 32 | cuda_mma, else panels | panels | triton_gemm (sm_80 and later) |
-| 33 to 128 | triton_gemm (sm_80 and later), else panels | panels | the same |
+| 9 to 64 | cuda_mma, else panels | panels | triton_gemm (sm_80 and later) |
+| 65 to 128 | triton_gemm (sm_80 and later), else panels | panels | the same |
 | more | panels | panels | panels |
 
 The crossing points are constants below, none of them measured yet. OCTAVO_GPU_LINEAR=cuda_mma (or another
@@ -29,7 +29,7 @@ from . import cuda_kernels, panels, verify
 
 VARIABLE = "OCTAVO_GPU_LINEAR"
 # Not yet measured on any GPU: the most tokens for which each kernel is tried before the next.
-MMA_TOKENS = 32
+MMA_TOKENS = 64
 SIMT_TOKENS = 8
 GEMM_TOKENS = 128
 
@@ -143,6 +143,8 @@ def linear_kernel(dtype: torch.dtype, tokens: int, qdata, absmax, block_size) ->
         absmax.dtype,
         min(tokens, GEMM_TOKENS + 1),
         block_size,
+        # The tiling depends on the rows, the kernel on whether columns can be loaded 16 at a time.
+        qdata.shape[0],
         qdata.shape[1] % 16,
         qdata.data_ptr() % 16,
         qdata.is_contiguous() and absmax.is_contiguous(),
@@ -174,18 +176,20 @@ def _is_trusted(name, dtype, tokens, qdata, absmax, block_size) -> bool:
     """Check a fused kernel in the instance that this call would run."""
     # The number of tokens that an instance is compiled for; a kernel's own tokens are padded up to it.
     padded = next((t for t in (1, 2, 4, 8, 16, 32, 64, 128) if t >= tokens), 128)
+    case = [str(dtype), str(absmax.dtype), f"{padded} tokens", f"block {block_size}"]
+    kernel = LINEAR[name]
     if name == "cuda_mma":
-        padded = max(padded, 8)
+        tiling = cuda_kernels.mma_tiling(padded, qdata.shape[0], qdata.device.index)
+        kernel = functools.partial(kernel, tiling=tiling)
+        case.append(f"tiling {tiling}")
     # An odd number of rows and a partial last step; as divisible as the matrix at hand.
     columns = 1040 if qdata.shape[1] % 16 == 0 else 1037
+    case.append(f"columns {columns}")
 
     def check() -> str:
-        return verify.check_linear(
-            LINEAR[name], padded, columns, block_size, dtype, absmax.dtype, qdata.device
-        )
+        return verify.check_linear(kernel, padded, columns, block_size, dtype, absmax.dtype, qdata.device)
 
-    case = (str(dtype), str(absmax.dtype), f"{padded} tokens", f"block {block_size}", f"columns {columns}")
-    return verify.trusted(name, qdata.device, case, check)
+    return verify.trusted(name, qdata.device, tuple(case), check)
 
 
 def decode(qdata, absmax, code, block_size, ids, first_column, out) -> None:

@@ -22,13 +22,12 @@ SOURCES = Path(__file__).parent / "cuda"
 # Not yet measured on any GPU: chosen by counting registers and bytes in flight (docs/GPU.md).
 SIMT_ROWS = {1: 4, 2: 4, 4: 2, 8: 2}
 SIMT_DEPTH = 2
-MMA_M_TILES = 1
-MMA_DEPTH = 2
+# Tokens at most -> (16-row tiles a warp, groups of warps with rows of their own, depth).
+MMA_TILINGS = {8: (1, 1, 2), 16: (1, 2, 2), 32: (1, 4, 2), 64: (2, 4, 2)}
 DECODE_DEPTH = 4
-# The most tokens an instance exists for: 4 tiles of 8 fill the 48 KB of shared memory a block has without
-# asking.
-SIMT_TOKENS = 8
-MMA_TOKENS = 32
+# The most tokens an instance exists for.
+SIMT_TOKENS = max(SIMT_ROWS)
+MMA_TOKENS = max(MMA_TILINGS)
 
 
 @functools.cache
@@ -101,24 +100,25 @@ def linear_simt(
     _linear("linear_simt", tiles, grid, parameters, x, qdata, absmax, code, block_size, bias, out)
 
 
-def linear_mma(
-    x,
-    qdata,
-    absmax,
-    code,
-    block_size,
-    bias,
-    out,
-    *,
-    m_tiles=MMA_M_TILES,
-    depth=MMA_DEPTH,
-    grid=None,
-    extra=(),
-) -> None:
-    """The same for 1 to 32 tokens of float16 or bfloat16, on tensor cores (compute capability 8.0 on)."""
-    n_tiles = next(n for n in (1, 2, 4) if 8 * n >= x.shape[0])
-    tiles = -(-qdata.shape[0] // (16 * m_tiles))
-    parameters = (("M_TILES", m_tiles), ("N_TILES", n_tiles), ("DEPTH", depth), *extra)
+def mma_tiling(tokens: int, rows: int, device: int) -> tuple[int, int, int]:
+    """(16-row tiles a warp, groups of warps, depth): more rows a block for more tokens, while each multiprocessor
+    still gets a block."""
+    m_tiles, groups, depth = next(tiling for most, tiling in MMA_TILINGS.items() if tokens <= most)
+    while groups > 1 and rows < 16 * m_tiles * groups * _multiprocessors(device):
+        groups //= 2
+    return m_tiles, groups, depth
+
+
+def linear_mma(x, qdata, absmax, code, block_size, bias, out, *, tiling=None, grid=None, extra=()) -> None:
+    """The same for 1 to 64 tokens of float16 or bfloat16, on tensor cores (compute capability 8.0 on).
+
+    Args:
+        tiling: see `mma_tiling`, which gives the default.
+    """
+    n_tiles = next(n for n in (1, 2, 4, 8) if 8 * n >= x.shape[0])
+    m_tiles, groups, depth = tiling or mma_tiling(x.shape[0], qdata.shape[0], x.device.index)
+    tiles = -(-qdata.shape[0] // (16 * m_tiles * groups))
+    parameters = (("M_TILES", m_tiles), ("N_TILES", n_tiles), ("WARPS_M", groups), ("DEPTH", depth), *extra)
     _linear("linear_mma", tiles, grid, parameters, x, qdata, absmax, code, block_size, bias, out)
 
 

@@ -26,9 +26,10 @@ class CompilationFailed(RuntimeError):
 def _nvrtc() -> ctypes.CDLL:
     """NVRTC: the one PyTorch has loaded or brought along, else the CUDA toolkit's."""
     major = (torch.version.cuda or "13").split(".")[0]
-    names = [f"libnvrtc.so.{major}"]
+    names = []
     for folder in sys.path:
         names += sorted(glob.glob(os.path.join(folder, "nvidia", "*", "lib", f"libnvrtc.so.{major}*")))
+    names.append(f"libnvrtc.so.{major}")
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
         if home:
             names.append(os.path.join(home, "lib64", f"libnvrtc.so.{major}"))
@@ -36,6 +37,9 @@ def _nvrtc() -> ctypes.CDLL:
         names = [f"nvrtc64_{major}0_0.dll"]
     for name in names:
         try:
+            # NVRTC opens its second library by name only, which the loader finds if it is loaded already.
+            for builtins in glob.glob(os.path.join(os.path.dirname(name), f"libnvrtc-builtins.so.{major}*")):
+                ctypes.CDLL(builtins, ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(name)
         except OSError:
             continue

@@ -9,17 +9,32 @@ Example:
 
 import torch
 
-# Workspace for a panel. Not yet measured: large enough that a product of 2048 tokens fills the GPU several
-# times over, small beside a model. `benchmarks.gpu` sweeps it.
-PANEL_BYTES = 64 << 20
+# Workspace for a panel, none of it measured yet (`benchmarks.gpu` sweeps it). A panel that stays in the L2 cache (50 MB
+# on an H100) never travels to memory, because the next one overwrites it there; but a product should have a tile of
+# 128 x 256 for each of an H100's 132 multiprocessors, which for few tokens takes a larger panel; and there is an end.
+PANEL_BYTES = 32 << 20
+FULL_PRODUCT = 132 * 128 * 256
+LARGEST_PANEL_BYTES = 128 << 20
 # Panels are cut at multiples of this, which keeps every part aligned for cuBLAS and for 16-byte loads.
 STEP = 256
 
 
-def _step(other: int, total: int, itemsize: int, panel_bytes: int) -> int:
-    """Rows (or columns) a panel, of `other` columns (or rows) each."""
-    fit = panel_bytes // max(1, other * itemsize)
-    return min(total, max(STEP, fit // STEP * STEP))
+def step_for(tokens: int, other: int, total: int, itemsize: int, panel_bytes: int | None = None) -> int:
+    """Rows a panel of `other` columns each, out of `total` (or columns of `other` rows).
+
+    Args:
+        panel_bytes: the workspace; by default as large as the constants above want it.
+    """
+    each = max(1, other * itemsize)
+    if panel_bytes is None:
+        wanted = max(PANEL_BYTES // each, -(-FULL_PRODUCT // max(1, tokens)))
+        fit = min(wanted, LARGEST_PANEL_BYTES // each)
+    else:
+        fit = panel_bytes // each
+    fit = min(total, max(STEP, fit // STEP * STEP))
+    # As many panels as that takes, but of equal size.
+    count = -(-total // fit)
+    return min(total, -(-total // (count * STEP)) * STEP)
 
 
 def linear(x, qdata, absmax, code, block_size, bias, out, decode, panel_bytes=None) -> None:
@@ -29,7 +44,7 @@ def linear(x, qdata, absmax, code, block_size, bias, out, decode, panel_bytes=No
         decode: decode(qdata, absmax, code, block_size, ids, first_column, out), as in `decode.py`.
     """
     rows, columns = qdata.shape
-    step = _step(columns, rows, x.element_size(), panel_bytes or PANEL_BYTES)
+    step = step_for(x.shape[0], columns, rows, x.element_size(), panel_bytes)
     workspace = torch.empty((step, columns), dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -44,7 +59,7 @@ def linear(x, qdata, absmax, code, block_size, bias, out, decode, panel_bytes=No
 def linear_transposed(x, qdata, absmax, code, block_size, out, decode, panel_bytes=None) -> None:
     """x [M, N] W into out [M, K]."""
     rows, columns = qdata.shape
-    step = _step(rows, columns, x.element_size(), panel_bytes or PANEL_BYTES)
+    step = step_for(x.shape[0], rows, columns, x.element_size(), panel_bytes)
     workspace = torch.empty(rows * step, dtype=x.dtype, device=x.device)
     for start in range(0, columns, step):
         stop = min(start + step, columns)

@@ -16,7 +16,7 @@
 //              1 table in global memory, through the L1 cache
 //              2 no table: an odd polynomial of degree 7 in the index (an experiment: other numbers than the table's)
 //     TOKENS, ROWS       linear_simt: tokens at most, rows a warp
-//     M_TILES, N_TILES   linear_mma: 16-row tiles a block, 8-token tiles
+//     M_TILES, N_TILES, WARPS_M   linear_mma: 16-row tiles a warp, 8-token tiles, groups of warps
 //     DEPTH              steps whose loads are in flight
 
 typedef unsigned int u32;

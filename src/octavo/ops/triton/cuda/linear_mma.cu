@@ -1,11 +1,14 @@
-// Linear, 1 to 32 tokens, on tensor cores (sm_80 and later; float16 and bfloat16).
+// Linear, 1 to 64 tokens, on tensor cores (sm_80 and later; float16 and bfloat16), with mma.m16n8k16.
 //
-// A block computes 16 * M_TILES rows for 8 * N_TILES tokens with mma.m16n8k16, its 8 warps sharing out the columns:
-// warp w takes 64 columns of every 512. A product does not care in which order it sums, so the columns are dealt to
-// the instruction's k as the loads like them: lane (g, t) (g = lane / 4, t = lane % 4) loads the 16 bytes of
-// columns 16 t ... 16 t + 15 of rows g and g + 8, and of x for token g, and feeds 4 of these columns to each of 4
-// instructions. So a weight takes a look-up, a product with its scale and half a packing, for 1 token as for 8, and is
-// rounded exactly as the reference rounds it. At the end of a tile, the warps' sums are added in the warps' order.
+// A block computes HEIGHT = 16 * M_TILES * WARPS_M rows for 8 * N_TILES tokens. Its 8 warps are WARPS_M groups, each with
+// rows of its own; the WARPS_K warps of a group share out the columns, 64 at a time. A product does not care in which
+// order it sums, so the columns are dealt to the instruction's k as the loads like them: lane (g, t) (g = lane / 4,
+// t = lane % 4) loads the 16 bytes of columns 16 t ... 16 t + 15 of rows g and g + 8, and of x for token g, and feeds 4 of
+// these columns to each of 4 instructions. So a weight takes a look-up, a product with its scale and half a packing, for 1
+// token as for 8, and is rounded exactly as the reference rounds it.
+//
+// The input comes through the L1 cache, where groups meet that read the same columns: more tokens want more rows a block.
+// At the end of a tile the sums of a group's warps are added, always in the warps' order.
 
 #ifndef OCTAVO_HOST
 __device__ __forceinline__ void mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -30,24 +33,34 @@ __device__ __forceinline__ void decode_4(u32 q, float scale, table_ref mine, u32
     second = pack(multiply(w[2], scale), multiply(w[3], scale));
 }
 
+#ifndef WARPS_M
+#define WARPS_M 1
+#endif
+#define WARPS_K (WARPS / WARPS_M)
 #define FRAGMENTS (M_TILES * N_TILES)
+// Fragments whose sums are exchanged at once: with the table, that stays within 48 KB of shared memory.
+#define EXCHANGED (FRAGMENTS < 4 ? FRAGMENTS : 4)
 #define LINES (2 * M_TILES)
-#define WIDTH (64 * WARPS)
+#define WIDTH (64 * WARPS_K)
+#define HEIGHT (16 * M_TILES * WARPS_M)
+// Blocks that must fit a multiprocessor at once, which bounds the registers: 8 fragments of sums need more than 128.
+#define RESIDENT (FRAGMENTS < 8 ? 2 : 1)
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 linear_mma(const scalar* __restrict__ x, const u8* __restrict__ qdata, const scale_type* __restrict__ absmax,
            const float* __restrict__ code, const scalar* __restrict__ bias, scalar* __restrict__ out,
            int tokens, int rows, int columns, int block_log2, int blocks) {
     DECLARE_TABLE;
-    __shared__ float sums[WARPS][FRAGMENTS][4][32];
+    __shared__ float sums[WARPS][EXCHANGED][4][32];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int g = lane / 4, t = lane % 4;
-    const int tiles = (rows + 16 * M_TILES - 1) / (16 * M_TILES);
+    const int group = warp / WARPS_K;
+    const int tiles = (rows + HEIGHT - 1) / HEIGHT;
     const int end = (columns + WIDTH * DEPTH - 1) / (WIDTH * DEPTH) * (WIDTH * DEPTH);
-    const int first_column = warp * 64 + t * 16;
+    const int first_column = warp % WARPS_K * 64 + t * 16;
     int tile = blockIdx.x;
     Stream<LINES> stream = {qdata, absmax, rows, columns, block_log2, blocks, tile, (int)gridDim.x, tiles,
-                            first_column, end, first_column, WIDTH, 16 * M_TILES, g, 8};
+                            first_column, end, first_column, WIDTH, HEIGHT, group * 16 * M_TILES + g, 8};
     Step<LINES> held[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) stream.load(held[d]);
@@ -62,29 +75,31 @@ linear_mma(const scalar* __restrict__ x, const u8* __restrict__ qdata, const sca
         for (int c = first_column; c < end;) {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++, c += WIDTH) {
-                uint4 xs[N_TILES][2];
 #pragma unroll
-                for (int n = 0; n < N_TILES; n++) {
-                    int token = n * 8 + g;
-                    xs[n][0] = xs[n][1] = make_uint4(0, 0, 0, 0);
-                    if (token < tokens && c < columns) {
-                        const uint4* p = (const uint4*)(x + (i64)token * columns + c);
-                        xs[n][0] = p[0];
-                        xs[n][1] = p[1];
+                for (int half = 0; half < 2; half++) {
+                    uint4 xs[N_TILES];
+#pragma unroll
+                    for (int n = 0; n < N_TILES; n++) {
+                        int token = n * 8 + g;
+                        xs[n] = make_uint4(0, 0, 0, 0);
+                        if (token < tokens && c < columns) {
+                            xs[n] = ((const uint4*)(x + (i64)token * columns + c))[half];
+                        }
                     }
-                }
 #pragma unroll
-                for (int m = 0; m < M_TILES; m++) {
-                    float upper = scale_value(held[d].scale[2 * m]), lower = scale_value(held[d].scale[2 * m + 1]);
+                    for (int m = 0; m < M_TILES; m++) {
+                        float upper = scale_value(held[d].scale[2 * m]);
+                        float lower = scale_value(held[d].scale[2 * m + 1]);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        u32 a0, a1, a2, a3;
-                        decode_4(word(held[d].q[2 * m], j), upper, mine, a0, a2);
-                        decode_4(word(held[d].q[2 * m + 1], j), lower, mine, a1, a3);
+                        for (int j = 0; j < 2; j++) {
+                            u32 a0, a1, a2, a3;
+                            decode_4(word(held[d].q[2 * m], 2 * half + j), upper, mine, a0, a2);
+                            decode_4(word(held[d].q[2 * m + 1], 2 * half + j), lower, mine, a1, a3);
 #pragma unroll
-                        for (int n = 0; n < N_TILES; n++) {
-                            const uint4& v = xs[n][j / 2];
-                            mma(sum[m * N_TILES + n], a0, a1, a2, a3, j % 2 ? v.z : v.x, j % 2 ? v.w : v.y);
+                            for (int n = 0; n < N_TILES; n++) {
+                                u32 b0 = j ? xs[n].z : xs[n].x, b1 = j ? xs[n].w : xs[n].y;
+                                mma(sum[m * N_TILES + n], a0, a1, a2, a3, b0, b1);
+                            }
                         }
                     }
                 }
@@ -92,27 +107,30 @@ linear_mma(const scalar* __restrict__ x, const u8* __restrict__ qdata, const sca
             }
         }
 
-        // Add the warps' sums, always in the same order.
+        // Add the sums of each group's warps, always in the same order.
 #pragma unroll
-        for (int f = 0; f < FRAGMENTS; f++)
+        for (int base = 0; base < FRAGMENTS; base += EXCHANGED) {
 #pragma unroll
-            for (int e = 0; e < 4; e++) sums[warp][f][e][lane] = sum[f][e];
-        __syncthreads();
+            for (int f = 0; f < EXCHANGED; f++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) sums[warp][f][e][lane] = sum[base + f][e];
+            __syncthreads();
 #pragma unroll 1
-        for (int i = threadIdx.x; i < FRAGMENTS * 128; i += THREADS) {
-            // Neighbouring threads take neighbouring rows of one token: their stores join.
-            int f = i / 128, token = (i % 128) / 16, r = i % 16;
-            int owner = (r % 8) * 4 + token / 2, e = (r / 8) * 2 + token % 2;
-            float total = 0.0f;
+            for (int i = threadIdx.x; i < WARPS_M * EXCHANGED * 128; i += THREADS) {
+                // Neighbouring threads take neighbouring rows of one token: their stores join.
+                int from = i / (EXCHANGED * 128), f = i / 128 % EXCHANGED, token = i % 128 / 16, r = i % 16;
+                int owner = (r % 8) * 4 + token / 2, e = (r / 8) * 2 + token % 2;
+                float total = 0.0f;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) total += sums[w][f][e][owner];
-            int n = (tile * M_TILES + f / N_TILES) * 16 + r;
-            token += (f % N_TILES) * 8;
-            if (n < rows && token < tokens) {
-                if (bias) total += widen(bias[n]);
-                out[(i64)token * rows + n] = narrow(total);
+                for (int w = 0; w < WARPS_K; w++) total += sums[from * WARPS_K + w][f][e][owner];
+                int n = tile * HEIGHT + (from * M_TILES + (base + f) / N_TILES) * 16 + r;
+                token += (base + f) % N_TILES * 8;
+                if (n < rows && token < tokens) {
+                    if (bias) total += widen(bias[n]);
+                    out[(i64)token * rows + n] = narrow(total);
+                }
             }
+            __syncthreads();
         }
-        __syncthreads();
     }
 }
