@@ -62,7 +62,7 @@ def packed(rows, columns, block_size, seed, scale_type=torch.float16):
     return qdata, absmax, code, generator
 
 
-@settings(FIXED, max_examples=60)
+@settings(FIXED, max_examples=30)
 @given(shapes, st.sampled_from(FLOATS), st.sampled_from([torch.float16, torch.float32]))
 def test_dequantize_equals_the_reference_bit_for_bit(isa, shape, dtype, scale_type):
     rows, columns, block_size, seed = shape
@@ -72,7 +72,7 @@ def test_dequantize_equals_the_reference_bit_for_bit(isa, shape, dtype, scale_ty
     assert torch.equal(found, expected)
 
 
-@settings(FIXED, max_examples=60)
+@settings(FIXED, max_examples=30)
 @given(shapes, st.sampled_from(FLOATS), st.sampled_from([torch.float16, torch.float32]), st.booleans())
 def test_quantize_equals_the_reference_byte_for_byte(isa, shape, dtype, scale_type, ties):
     rows, columns, block_size, seed = shape
@@ -95,7 +95,7 @@ def test_quantize_equals_the_reference_byte_for_byte(isa, shape, dtype, scale_ty
     assert torch.equal(found[0], expected[0])
 
 
-@settings(FIXED, max_examples=40)
+@settings(FIXED, max_examples=25)
 @given(shapes, st.sampled_from(FLOATS), st.sampled_from([torch.float16, torch.float32]))
 def test_histogram_equals_the_reference(isa, shape, dtype, scale_type):
     rows, columns, block_size, seed = shape
@@ -105,7 +105,7 @@ def test_histogram_equals_the_reference(isa, shape, dtype, scale_type):
     assert torch.equal(cpu.histogram(weight, block_size, 8193, scale_type), expected)
 
 
-@settings(FIXED, max_examples=80)
+@settings(FIXED, max_examples=25)
 @given(
     shapes,
     st.integers(0, 20),
@@ -126,7 +126,7 @@ def test_linear_is_as_exact_as_torch(isa, shape, tokens, dtype, scale_type, with
     check_close(found, truth, x, weight, dtype)
 
 
-@settings(FIXED, max_examples=40)
+@settings(FIXED, max_examples=25)
 @given(shapes, st.integers(0, 12), st.sampled_from(FLOATS), st.sampled_from([torch.float16, torch.float32]))
 def test_linear_transposed_is_as_exact_as_torch(isa, shape, tokens, dtype, scale_type):
     rows, columns, block_size, seed = shape
