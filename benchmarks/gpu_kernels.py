@@ -73,7 +73,7 @@ def forced(name, x, packed):
 
 
 def others(rows, columns, dense, dtype, device):
-    """Other 8-bit products, where they are installed."""
+    """Other 8-bit products, where they are installed. (`_weight_int8pack_mm` is PyTorch's own, which torchao uses.)"""
     found = {}
     int8 = [torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device) for _ in dense]
     scales = torch.rand(rows, device=device).to(dtype)

@@ -188,6 +188,73 @@ def test_decode_is_the_reference_bit_for_bit(build, dtype):
     assert torch.isnan(decode(torch.tensor([rows, -1]), 0, columns)).all()
 
 
+class OnHost:
+    """Stands for a kernel on a GPU: takes a launch's arguments and runs the same source on the CPU."""
+
+    resident_blocks = 1
+
+    def __init__(self, run):
+        self.run = run
+
+    def launch(self, grid, threads, *arguments):
+        assert threads == 256
+        count = next(i for i, value in enumerate(arguments) if isinstance(value, int))
+        assert all(isinstance(value, int) for value in arguments[count:])
+        self.run(grid, arguments[:count], arguments[count:])
+
+
+@pytest.fixture
+def launchers(build, monkeypatch):
+    """`cuda_kernels`, its kernels running on the CPU, for a GPU of two multiprocessors."""
+    made = {}
+
+    def instance(name, device, parameters):
+        if (name, parameters) not in made:
+            made[name, parameters] = OnHost(build(name, **dict(parameters)))
+        return made[name, parameters]
+
+    monkeypatch.setattr(cuda_kernels, "instance", instance)
+    monkeypatch.setattr(cuda_kernels, "_multiprocessors", lambda device: 2)
+    return cuda_kernels
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "name, dtype, tokens",
+    [
+        ("linear_simt", torch.float32, 3),
+        ("linear_mma", torch.float16, 12),
+        ("linear_mma", torch.bfloat16, 40),
+    ],
+)
+def test_launch_of_a_product(launchers, name, dtype, tokens):
+    code, rows, columns = codebook.dynamic(), 130, 528
+    qdata, absmax = packed(rows, columns, 64, torch.float16)
+    qdata, bias = aligned(qdata), torch.randn(rows).to(dtype)
+    # Not aligned: the launcher has to copy it.
+    x = aligned(torch.zeros(tokens * columns + 1)).to(dtype)[1:].normal_().view(tokens, columns)
+    out = torch.full((tokens, rows), float("nan"), dtype=dtype)
+    getattr(launchers, name)(x, qdata, absmax, code, 64, bias, out)
+    exact = torch.nn.functional.linear(
+        x.double(), reference.dequantize(qdata, absmax, code, 64, torch.float32).double(), bias.double()
+    )
+    assert error(out, exact) <= {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+
+
+@needs_gxx
+def test_launch_of_decoding(launchers):
+    code = codebook.dynamic()
+    qdata, absmax = packed(20, 528, 64, torch.float32)
+    qdata = aligned(qdata)
+    expected = reference.dequantize(qdata, absmax, code, 64, torch.float16)
+    for ids in (None, torch.tensor([4, 19, 4]), torch.tensor([0, 7], dtype=torch.int32)):
+        wanted = expected if ids is None else expected[ids.long()]
+        for first, width in ((0, 528), (256, 272)):
+            out = aligned(torch.full((len(wanted), width), float("nan"), dtype=torch.float16))
+            launchers.decode_rows(qdata, absmax, code, 64, ids, first, out)
+            assert torch.equal(out, wanted[:, first : first + width])
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize(
     "architecture",
