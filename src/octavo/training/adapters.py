@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tensor import OctavoTensor
 from .recipe import Recipe
 
 
@@ -73,6 +74,11 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> Any:
         raise ValueError(
             "this model carries an adapter already, which a new one would train against. Merge it first: "
             "`octavo merge MODEL ADAPTER OUT`"
+        )
+    if recipe.lora_dropout and any(isinstance(p, OctavoTensor) and p.dim() == 3 for p in model.parameters()):
+        raise ValueError(
+            f"--lora-dropout: expected 0 for a model with fused experts, found {recipe.lora_dropout}: PEFT's adapters "
+            "on them know no dropout"
         )
     names = [name.strip() for name in recipe.lora_parameters.split(",") if name.strip()]
     config = LoraConfig(

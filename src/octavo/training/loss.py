@@ -72,6 +72,8 @@ def summed_cross_entropy(
     labels: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
     parameters: list[nn.Parameter] | None = None,
+    *,
+    select: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross-entropy, summed over the tokens that have a label.
 
@@ -80,6 +82,8 @@ def summed_cross_entropy(
         labels: token ids [batch, length]; position t is predicted from t - 1; -100 is not counted.
         head: hidden states [rows, dim] → logits [rows, vocabulary].
         parameters: trainable parameters of the head. Default: those of `head`, if it is a module.
+        select: leave tokens without a label out of the product with the head. Without data (shapes alone) it
+            cannot be known which they are.
 
     Returns:
         The sum in float32 (differentiable in `hidden` and `parameters`), and the number of tokens counted.
@@ -88,13 +92,14 @@ def summed_cross_entropy(
         parameters = list(head.parameters()) if isinstance(head, nn.Module) else []
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:].reshape(-1)
-    counted = (targets != IGNORED).nonzero().squeeze(-1)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    if counted.numel() < targets.numel():
+    tokens = (targets != IGNORED).sum()
+    if select:
+        counted = (targets != IGNORED).nonzero().squeeze(-1)
         flat, targets = flat[counted], targets[counted]
     vocabulary = getattr(head, "out_features", None) or getattr(head, "vocabulary", 50_000)
     total = _SummedCrossEntropy.apply(flat, targets, head, rows_per_chunk(vocabulary), *parameters)
-    return total, torch.tensor(counted.numel(), device=hidden.device)
+    return total, tokens
 
 
 class _Head:
@@ -110,7 +115,7 @@ class _Head:
 
 @contextmanager
 def loss_in_place_of_logits(
-    head: nn.Module, labels: torch.Tensor, vocabulary: int
+    head: nn.Module, labels: torch.Tensor, vocabulary: int, *, select: bool = True
 ) -> Iterator[dict[str, Any]]:
     """While active, `head(hidden)` gives the summed loss of `labels` in place of logits.
 
@@ -124,7 +129,10 @@ def loss_in_place_of_logits(
     own = _Head(head.forward, vocabulary)
 
     def forward(hidden):
-        result["loss"], result["tokens"] = summed_cross_entropy(hidden, labels, own, list(head.parameters()))
+        parameters = list(head.parameters())
+        result["loss"], result["tokens"] = summed_cross_entropy(
+            hidden, labels, own, parameters, select=select
+        )
         return result["loss"]
 
     # accelerate may have put a forward of its own onto the instance.
@@ -147,7 +155,11 @@ def takes_chunked_loss(model: nn.Module) -> bool:
 
 
 def language_model_loss(
-    model: nn.Module, inputs: dict[str, torch.Tensor], bare: nn.Module | None = None
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    bare: nn.Module | None = None,
+    *,
+    select: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A causal language model's summed loss and number of counted tokens, in chunks where the model allows
     it.
@@ -156,6 +168,7 @@ def language_model_loss(
         model: the model to call, perhaps wrapped by DDP.
         inputs: its inputs, with `labels` [batch, length].
         bare: the same model unwrapped. Default: `model`.
+        select: as in `summed_cross_entropy`.
     """
     bare = model if bare is None else bare
     inputs = dict(inputs)
@@ -163,7 +176,7 @@ def language_model_loss(
     if takes_chunked_loss(bare):
         head = bare.get_output_embeddings()
         config = bare.config.get_text_config() if hasattr(bare.config, "get_text_config") else bare.config
-        with loss_in_place_of_logits(head, labels, config.vocab_size) as result:
+        with loss_in_place_of_logits(head, labels, config.vocab_size, select=select) as result:
             model(**inputs, use_cache=False)
         return result["loss"], result["tokens"]
     logits = model(**inputs, use_cache=False).logits.float()
