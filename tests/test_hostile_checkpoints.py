@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import struct
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import octavo
-from octavo.checkpoint import CheckpointError, convert
+from octavo.checkpoint import CheckpointError, convert, open_source
 from octavo.checkpoint.report import report
 from octavo.checkpoint.shards import ShardFile
 
@@ -309,6 +310,57 @@ def test_config_of_another_model(plain, tmp_path):
     fails(plain, tmp_path / "out", "expected a JSON object")
     (plain / "config.json").unlink()
     fails(plain, tmp_path / "out", "config.json is missing")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf", "bin", "legacy"])
+def test_random_damage_is_never_another_error(kind, tmp_path):
+    """A few bytes of a header changed, or the end cut off: readable, or a CheckpointError."""
+    from octavo.checkpoint.gguf_header import read_gguf_header
+
+    from .test_checkpoint_gguf import write_llama
+
+    model = save("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    if kind == "gguf":
+        path = tmp_path / "m.gguf"
+        write_llama(path, model)
+    elif kind != "safetensors":
+        path.unlink()
+        path = tmp_path / "pytorch_model.bin"
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=kind == "bin")
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(generator.choice([1, 2, 8])):
+            damaged[generator.randrange(4000)] = generator.randrange(256)
+        if generator.random() < 0.2:
+            del damaged[generator.randrange(len(damaged)) :]
+        path.write_bytes(bytes(damaged))
+        try:
+            if kind == "gguf":
+                read_gguf_header(path)
+            else:
+                with open_source(path) as source:
+                    for name in source.tensors:
+                        source.read(name).sum()
+        except CheckpointError:
+            refused += 1
+    assert refused > 5
+
+
+def test_model_that_brings_its_own_code(plain, tmp_path):
+    """Code beside the weights is neither run nor asked about."""
+    config = json.loads((plain / "config.json").read_text())
+    config.update(model_type="evil", architectures=["EvilModel"], auto_map={"AutoConfig": "evil.EvilConfig"})
+    (plain / "config.json").write_text(json.dumps(config))
+    (plain / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'was-run')!r}).touch()\n")
+    text = fails(plain, tmp_path / "out", r"config\.json: transformers cannot make a model of this")
+    assert "code" in text
+    with pytest.raises(CheckpointError, match="cannot make a model"):
+        octavo.load(plain, device="cpu")
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_nothing_there(tmp_path):

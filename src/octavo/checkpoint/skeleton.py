@@ -24,7 +24,9 @@ def model_class_of(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     names = getattr(config, "architectures", None) or []
-    model_class = getattr(transformers, names[0], None) if names else None
+    model_class = getattr(transformers, str(names[0]), None) if names else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        model_class = None
     if model_class is None and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if model_class is None:

@@ -114,7 +114,8 @@ class Source:
 
         self.config  # noqa: B018  (its own error, if it is missing, is the clearer one)
         try:
-            return AutoConfig.from_pretrained(str(self.folder))
+            # Said explicitly: transformers would otherwise ask on the terminal whether to run the checkpoint's code.
+            return AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
         except (ValueError, KeyError, OSError) as error:
             raise CheckpointError(
                 f"{self.folder / 'config.json'}: transformers cannot make a model of this: "
