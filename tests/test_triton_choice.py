@@ -56,7 +56,7 @@ def test_forcing(monkeypatch):
     "name, dtype, tokens, matrix, capability, reason",
     [
         ("cuda_mma", BF16, 64, on_gpu(), (9, 0), None),
-        ("cuda_mma", BF16, 65, on_gpu(), (9, 0), "65 tokens are more than 64"),
+        ("cuda_mma", BF16, 257, on_gpu(), (9, 0), "257 tokens are more than 256"),
         ("cuda_mma", F16, 1, on_gpu(), (7, 5), "from compute capability 8.0 on"),
         ("cuda_mma", F32, 1, on_gpu(), (9, 0), "tensor cores take float16 and bfloat16"),
         ("cuda_simt", F32, 8, on_gpu(), (7, 0), None),

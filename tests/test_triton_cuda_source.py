@@ -225,6 +225,7 @@ def launchers(build, monkeypatch):
         ("linear_simt", torch.float32, 3),
         ("linear_mma", torch.float16, 12),
         ("linear_mma", torch.bfloat16, 40),
+        ("linear_mma", torch.float16, 70),
     ],
 )
 def test_launch_of_a_product(launchers, name, dtype, tokens):

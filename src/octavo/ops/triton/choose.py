@@ -89,7 +89,7 @@ def refusal(name: str, dtype, tokens: int, qdata, absmax, block_size) -> str | N
             return "CUDA kernels need an NVIDIA GPU"
         if name == "cuda_mma" and (dtype == torch.float32 or capability(device.index) < (8, 0)):
             return "tensor cores take float16 and bfloat16, from compute capability 8.0 on"
-        most = cuda_kernels.MMA_TOKENS if name == "cuda_mma" else cuda_kernels.SIMT_TOKENS
+        most = cuda_kernels.MMA_MOST_TOKENS if name == "cuda_mma" else cuda_kernels.SIMT_TOKENS
         if tokens > most:
             return f"{tokens} tokens are more than {most}"
         return cuda_kernels.refusal(qdata, absmax, block_size)
@@ -179,7 +179,8 @@ def _is_trusted(name, dtype, tokens, qdata, absmax, block_size) -> bool:
     case = [str(dtype), str(absmax.dtype), f"{padded} tokens", f"block {block_size}"]
     kernel = LINEAR[name]
     if name == "cuda_mma":
-        tiling = cuda_kernels.mma_tiling(padded, qdata.shape[0], qdata.device.index)
+        most = min(padded, cuda_kernels.MMA_TOKENS)
+        tiling = cuda_kernels.mma_tiling(most, qdata.shape[0], qdata.device.index)
         kernel = functools.partial(kernel, tiling=tiling)
         case.append(f"tiling {tiling}")
     # An odd number of rows and a partial last step; as divisible as the matrix at hand.

@@ -25,9 +25,10 @@ SIMT_DEPTH = 2
 # Tokens at most -> (16-row tiles a warp, groups of warps with rows of their own, depth).
 MMA_TILINGS = {8: (1, 1, 2), 16: (1, 2, 2), 32: (1, 4, 2), 64: (2, 4, 2)}
 DECODE_DEPTH = 4
-# The most tokens an instance exists for.
+# The most tokens an instance exists for, and the most that `linear_mma` takes, reading the matrix once for each 64.
 SIMT_TOKENS = max(SIMT_ROWS)
 MMA_TOKENS = max(MMA_TILINGS)
+MMA_MOST_TOKENS = 4 * MMA_TOKENS
 
 
 @functools.cache
@@ -110,11 +111,19 @@ def mma_tiling(tokens: int, rows: int, device: int) -> tuple[int, int, int]:
 
 
 def linear_mma(x, qdata, absmax, code, block_size, bias, out, *, tiling=None, grid=None, extra=()) -> None:
-    """The same for 1 to 64 tokens of float16 or bfloat16, on tensor cores (compute capability 8.0 on).
+    """The same for 1 to 256 tokens of float16 or bfloat16, on tensor cores (compute capability 8.0 on).
+
+    The matrix is read once for each 64 tokens.
 
     Args:
         tiling: see `mma_tiling`, which gives the default.
     """
+    for start in range(MMA_TOKENS, x.shape[0], MMA_TOKENS):
+        part = slice(start, start + MMA_TOKENS)
+        linear_mma(
+            x[part], qdata, absmax, code, block_size, bias, out[part], tiling=tiling, grid=grid, extra=extra
+        )
+    x, out = x[:MMA_TOKENS], out[:MMA_TOKENS]
     n_tiles = next(n for n in (1, 2, 4, 8) if 8 * n >= x.shape[0])
     m_tiles, groups, depth = tiling or mma_tiling(x.shape[0], qdata.shape[0], x.device.index)
     tiles = -(-qdata.shape[0] // (16 * m_tiles * groups))
