@@ -31,16 +31,16 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=256, help="tokens (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     options = parser.parse_args()
-    if not 0 < options.stride <= options.window:
-        parser.error(f"--stride must lie between 1 and --window ({options.window}), found {options.stride}")
+    if not 0 < options.stride < options.window:
+        parser.error(
+            f"--stride must lie between 1 and {options.window - 1} (--window - 1), found {options.stride}"
+        )
 
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     print(f"{options.model}: stored weights in float32, window {options.window}, stride {options.stride}\n")
-    print(
-        "| text | bytes | tokens scored | loss a token | perplexity a token | a byte | bits a byte |"
-    )
+    print("| text | bytes | tokens scored | loss a token | perplexity a token | a byte | bits a byte |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for file in options.texts:
         text = file.read_text(encoding="utf-8")
