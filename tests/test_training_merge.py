@@ -1,0 +1,126 @@
+"""octavo merge: files in, files out, against PEFT's own merge in memory."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import octavo
+from octavo.training.merge import merge
+
+from .conftest import relative_error
+from .training_models import ARCHITECTURES, gpt2, gptj, llama_tied, move_adapters, quantized
+
+peft = pytest.importorskip("peft")
+
+IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(5))
+
+
+def saved(make, folder, **options):
+    """A quantized model and an adapter on disk, and the logits of both together."""
+    model = quantized(make)
+    model.save_pretrained(folder / "base")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
+    move_adapters(model)
+    model.save_pretrained(folder / "adapter")
+    return model, logits(model)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sixteen_bits_are_the_plain_models_own_merge(architecture, tmp_path):
+    make = ARCHITECTURES[architecture]
+    model, expected = saved(make, tmp_path, target_modules="all-linear")
+    result = merge(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "bfloat16", max_shard_size=60_000
+    )
+    assert not (tmp_path / "out.partial").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert not any(isinstance(parameter, octavo.OctavoTensor) for parameter in again.parameters())
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            dense = module.get_base_layer().weight.dequantize() + module.get_delta_weight("default")
+            found = again.get_parameter(name.removeprefix("base_model.model.") + ".weight")
+            torch.testing.assert_close(found, dense.to(torch.bfloat16).float(), rtol=0.005, atol=1e-6)
+    assert relative_error(logits(again), expected) < 0.02
+    assert len(result.changed) == sum(isinstance(m, peft.tuners.lora.Linear) for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [gptj, gpt2])
+def test_eight_bits_refit_what_changed_and_keep_the_other_bytes(make, tmp_path):
+    targets = ["q_proj", "fc_out"] if make is gptj else ["c_attn"]
+    _, expected = saved(make, tmp_path, target_modules=targets, use_rslora=True)
+    result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition("_")[0] for name in changed} == set(result.changed)
+    assert 1e-6 < result.added_error < 6e-5
+    again = octavo.load(tmp_path / "out", dtype="float32")
+    assert relative_error(logits(again), expected) < 0.02
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("to", ["8bit", "float16"])
+def test_tied_weights_are_untied_on_purpose(to, tmp_path):
+    _, expected = saved(llama_tied, tmp_path, target_modules=["embed_tokens", "q_proj"])
+    result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", to)
+    assert set(result.untied) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    again = octavo.load(tmp_path / "out", dtype="float32", device="cpu")
+    assert again.lm_head.weight is not again.model.embed_tokens.weight
+    assert relative_error(logits(again), expected) < 0.03
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tied_weights_that_are_not_changed_stay_tied(tmp_path):
+    saved(llama_tied, tmp_path, target_modules=["q_proj"])
+    result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    again = octavo.load(tmp_path / "out", dtype="float32", device="cpu")
+    assert result.untied == [] and again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_norms_biases_head_and_embedding(tmp_path):
+    _, expected = saved(
+        gptj,
+        tmp_path,
+        target_modules=["wte", "lm_head", "fc_in"],
+        bias="all",
+        modules_to_save=["ln_1", "ln_f"],
+    )
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    again = octavo.load(tmp_path / "out", dtype="float32", device="cpu")
+    assert relative_error(logits(again), expected) < 0.02
+
+
+def test_what_cannot_be_merged_is_named(tmp_path):
+    saved(gptj, tmp_path, target_modules=["q_proj"])
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    with pytest.raises(ValueError, match=r"--to: expected one of 8bit, float16, bfloat16, found 'int4'"):
+        merge(base, adapter, out, "int4")
+    with pytest.raises(ValueError, match=r"expected a PEFT adapter folder"):
+        merge(base, base, out)
+    with pytest.raises(ValueError, match=r"base is not empty"):
+        merge(base, adapter, base)
+    quantized(llama_tied).save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"the adapter changes transformer.h.0.attn.q_proj.weight, which this model"
+    ):
+        merge(tmp_path / "other", adapter, out)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(ValueError, match=r"expected a plain LoRA adapter, found LORA with \['use_dora'\]"):
+        merge(base, adapter, out)
+    assert not out.exists() and not (tmp_path / "out.partial").exists()
