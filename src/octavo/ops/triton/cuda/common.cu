@@ -31,6 +31,7 @@ typedef long long i64;
 #define LOOKUP 0
 #endif
 #define WARPS 8
+// As many as the table has entries.
 #define THREADS (WARPS * 32)
 
 // ---- numbers -------------------------------------------------------------------------------------------------
@@ -173,7 +174,10 @@ __device__ __forceinline__ float entry(table_ref mine, u32 i) {
 // Fills the table (every thread of the block must call it) and returns this lane's copy.
 __device__ __forceinline__ table_ref fill_table(float* table, const float* code) {
 #if LOOKUP == 0
-    for (int j = threadIdx.x; j < 256 * COPIES; j += THREADS) table[j] = code[j / COPIES];
+    // A thread copies one entry. It starts with its lane's copy: so a warp's stores go to different banks.
+    const float value = code[threadIdx.x];
+#pragma unroll
+    for (int c = 0; c < COPIES; c++) table[threadIdx.x * COPIES + (c + threadIdx.x) % COPIES] = value;
     __syncthreads();
     const float* mine = table + threadIdx.x % COPIES;
 #ifdef OCTAVO_HOST

@@ -44,7 +44,9 @@ __device__ __forceinline__ void decode_4(u32 q, float scale, table_ref mine, u32
 #define WIDTH (64 * WARPS_K)
 #define HEIGHT (16 * M_TILES * WARPS_M)
 // Blocks that must fit a multiprocessor at once, which bounds the registers: 8 fragments of sums need more than 128.
+#ifndef RESIDENT
 #define RESIDENT (FRAGMENTS < 8 ? 2 : 1)
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 linear_mma(const scalar* __restrict__ x, const u8* __restrict__ qdata, const scale_type* __restrict__ absmax,
