@@ -280,6 +280,7 @@ def test_what_is_no_gguf_is_explained(tmp_path):
 
 
 @needs_real
+@pytest.mark.slow
 def test_smollm2_agrees_with_transformers_tensor_by_tensor():
     from transformers import AutoModelForCausalLM
 

@@ -68,6 +68,6 @@ def check_against_index(path: Path, found: dict[str, str], ignore: Iterable[str]
     if absent:
         raise CheckpointError(
             f"{path} names {len(absent)} tensors that are not in their files: "
-            f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}; the files belong to different "
-            "downloads"
+            f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}; "
+            "the files belong to different downloads"
         )

@@ -77,8 +77,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
         start = 8 + length
         if start > size:
             raise CheckpointError(
-                f"{path} is truncated: its header alone takes {start} bytes, the file has {size}; download "
-                "it again"
+                f"{path} is truncated: its header alone takes {start} bytes, the file has {size}; "
+                "download it again"
             )
         raw = file.read(length)
     try:

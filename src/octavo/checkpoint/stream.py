@@ -296,7 +296,8 @@ class _Conversion:
         config = {key: value for key, value in self.config_json.items() if not key.endswith("_name_or_path")}
         dtype = config.pop("dtype", None) or config.pop("torch_dtype", None) or self._float_type()
         config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        # A dictionary gives each part of a composite model its own.
+        config["dtype"] = dtype if isinstance(dtype, dict) else str(dtype).removeprefix("torch.")
         config["quantization_config"] = self.config.to_dict()
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (self.partial / "config.json").write_text(text, encoding="utf-8")
