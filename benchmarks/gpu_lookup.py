@@ -116,14 +116,14 @@ def cuda_sweeps(timed, rows, columns, block, dtype, device, read) -> None:
                     tokens,
                     lambda m, x, out, t=tiling: cuda_kernels.linear_mma(x, *m, block, None, out, tiling=t),
                 )
-        for tokens in (1, 8):
+        for resident in (2, 3, 4):
             timed(
                 "settings",
                 "cuda_mma",
-                "16 rows a warp, 1 group, depth 2, 3 blocks resident",
-                tokens,
-                lambda m, x, out: cuda_kernels.linear_mma(
-                    x, *m, block, None, out, tiling=(1, 1, 2), extra=(("RESIDENT", 3),)
+                f"16 rows a warp, 1 group, depth 2, {resident} blocks resident",
+                1,
+                lambda m, x, out, r=resident: cuda_kernels.linear_mma(
+                    x, *m, block, None, out, tiling=(1, 1, 2), extra=(("RESIDENT", r),)
                 ),
             )
     for depth in (1, 2, 4, 8):

@@ -43,9 +43,9 @@ __device__ __forceinline__ void decode_4(u32 q, float scale, table_ref mine, u32
 #define LINES (2 * M_TILES)
 #define WIDTH (64 * WARPS_K)
 #define HEIGHT (16 * M_TILES * WARPS_M)
-// Blocks that must fit a multiprocessor at once, which bounds the registers: 8 fragments of sums need more than 128.
+// Blocks that must fit a multiprocessor at once, which bounds the registers (not yet measured; none of these spills).
 #ifndef RESIDENT
-#define RESIDENT (FRAGMENTS < 8 ? 2 : 1)
+#define RESIDENT (FRAGMENTS < 2 ? 3 : FRAGMENTS < 8 ? 2 : 1)
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
