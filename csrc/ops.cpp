@@ -15,9 +15,9 @@
 namespace octavo {
 namespace {
 
-// Weights below which another thread is not worth waking (a microsecond of work), and weights of a task: small enough to
-// balance two threads, large enough to stream.
-constexpr int64_t kThreadWeights = 1 << 15;
+// Weights to a thread, below which another is not worth it (five microseconds of work, where starting and joining takes one or
+// two), and weights of a task: small enough to balance two threads, large enough to stream.
+constexpr int64_t kThreadWeights = 1 << 17;
 constexpr int64_t kTaskWeights = 1 << 17;
 constexpr int64_t kLeastTaskWeights = 1 << 13;
 

@@ -1,6 +1,10 @@
 // Threads. Work is shared out through the OpenMP runtime that PyTorch itself uses, found at run time: its workers are
 // awake and spinning between two of PyTorch's own operations, and a second pool beside them would wait for a core until
 // they give up. Without such a runtime a small pool of our own serves.
+//
+// Measured on a layer's worth of work, two threads of a Zen 5: layer norm, four products of 2048 x 2048, attention, a softmax
+// large enough for PyTorch's own threads. Shared runtime: tenth percentile 0.75 ms, median 0.84 to 1.1; own pool (workers
+// sleeping on a condition variable): 0.81 to 0.97 and 1.2 to 16 ms, on a machine that others were using too.
 #pragma once
 #include <cstdint>
 
