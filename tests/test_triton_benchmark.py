@@ -1,4 +1,4 @@
-"""A rehearsal of `python -m benchmarks.gpu` on the CPU: its logic must not be tried out on a lent GPU."""
+"""A rehearsal of `python -m benchmarks.gpu` on the CPU: errors in its logic must not cost time on a GPU."""
 
 import importlib.util
 import json

@@ -24,7 +24,8 @@ WANTED_PROGRAMS = 264
 LARGEST_SPLIT = 8
 
 
-@triton.jit
+# Compiled once for all numbers of tokens, not anew for 1 and for multiples of 16.
+@triton.jit(do_not_specialize=["tokens"])
 def gemm_kernel(
     x_ptr,
     qdata_ptr,
