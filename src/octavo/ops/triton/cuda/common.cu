@@ -59,16 +59,20 @@ __device__ __forceinline__ u32 byte_of(u32 q) {
     asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(q), "n"(0x4440 + B));
     return d;
 }
-// Weights are read once: they bypass L1, which then keeps the input.
+// Weights are read once: where that can be said (sm_70) they bypass L1, which then keeps the input.
+#if __CUDA_ARCH__ >= 700
+#define LOAD "ld.global.nc.L1::no_allocate"
+#else
+#define LOAD "ld.global.nc"
+#endif
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    asm volatile(LOAD ".v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 __device__ __forceinline__ uint2 load_once(const uint2* p) {
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    asm volatile(LOAD ".v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
 }
 #endif
