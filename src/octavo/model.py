@@ -29,7 +29,6 @@ LARGEST_FLOAT_SHARE = 0.01
 # Parameters of a matrix's shape that are not multiplied like one, by the last component of their names. Each entry says why.
 KEEP_IN_FLOAT = {
     "A_log": "state-space decay: its exponential is taken, and an error in it compounds over the sequence",
-    "x_proj_norm": "a norm",
     "*bias": "biases are added; those of a stack of experts have a matrix's shape",
 }
 

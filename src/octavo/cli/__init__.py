@@ -5,6 +5,7 @@ Example:
     $ octavo generate some/model "El sentido de la vida es"
 """
 
+import logging
 import os
 import sys
 
@@ -47,6 +48,8 @@ def _root(
 
 def main() -> None:
     """Run the command line. What the user can mend (a file, an option) is one line on stderr and exit status 1."""
+    # bitsandbytes warns that it lacks an optional 4-bit kernel, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
