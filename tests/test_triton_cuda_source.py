@@ -5,6 +5,7 @@ What a GPU alone can show (speed, races inside a warp) is left to tests/gpu.
 """
 
 import ctypes
+import mmap
 import shutil
 import subprocess
 from pathlib import Path
@@ -66,10 +67,18 @@ def packed(rows, columns, block, scales):
 
 
 def aligned(tensor):
-    """A copy at a 16-byte aligned address, as the device's allocator gives it."""
-    spare = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
-    start = next(i for i in range(16) if spare[i:].data_ptr() % 16 == 0)
-    return spare[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+    """A copy as near before a page that nobody may touch as 16-byte alignment allows: reading beyond it is fatal."""
+    size = tensor.numel() * tensor.element_size()
+    page = mmap.PAGESIZE
+    whole = mmap.mmap(-1, -(-size // page) * page + page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    libc = ctypes.CDLL(None, use_errno=True)
+    guard = ctypes.c_void_p(base + len(whole) - page)
+    assert libc.mprotect(guard, ctypes.c_size_t(page), ctypes.c_int(0)) == 0
+    start = (len(whole) - page - size) // 16 * 16
+    flat = torch.frombuffer(whole, dtype=torch.uint8, offset=start, count=max(size, 1))
+    # The protection goes when the tensor does, and the memory with it.
+    return flat[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def check_linear(run, grid, dtype, tokens, rows, columns, block, scales, bias):
@@ -78,7 +87,8 @@ def check_linear(run, grid, dtype, tokens, rows, columns, block, scales, bias):
     x = torch.randn(tokens, columns).to(dtype)
     bias = torch.randn(rows).to(dtype) if bias else None
     out = torch.full((tokens, rows), float("nan"), dtype=dtype)
-    x, qdata = aligned(x), aligned(qdata)
+    x, qdata, absmax, out = aligned(x), aligned(qdata), aligned(absmax), aligned(out)
+    bias = None if bias is None else aligned(bias)
     run(
         grid,
         [x, qdata, absmax, code, bias, out],
@@ -100,16 +110,8 @@ def error(found, exact):
 @pytest.mark.parametrize(
     "dtype, scales, tokens, rows, columns, block, grid, bias",
     [
-        (
-            torch.float32,
-            torch.float32,
-            1,
-            45,
-            1040,
-            64,
-            1,
-            True,
-        ),  # a partial tile, a partial step, several tiles a warp
+        # A partial tile, a partial step, several tiles a warp.
+        (torch.float32, torch.float32, 1, 45, 1040, 64, 1, True),
         (torch.float16, torch.float16, 1, 37, 512, 32, 3, False),
         (torch.bfloat16, torch.float16, 1, 64, 2064, 4096, 2, True),  # one block a row, longer than the row
     ],
