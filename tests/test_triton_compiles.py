@@ -40,7 +40,7 @@ def compiled(kernel, capability, constants, x="fp16", **options):
             signature[name] = "constexpr"
         else:
             signature[name] = POINTERS.get(name, "fp32" if name in FLOATS else "i32").format(x=x)
-        if name in POINTERS or name == "columns":
+        if name in POINTERS or name in ("columns", "share"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -52,6 +52,7 @@ def multiply_constants(tile):
         "BLOCK_SIZE": 64,
         "HAS_BIAS": True,
         "GATHER": True,
+        "EVEN": True,
         "SPLIT": 1,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -63,7 +64,14 @@ BLOCKS = {"SIZE": 64, "PADDED": 64, "BLOCKS": 16}
 SMALL = [
     SimpleNamespace(
         kernel=gemv.gemv_kernel,
-        constants={"BLOCK_SIZE": 64, "HAS_BIAS": True, "GATHER": False, "BLOCK_N": 8, "BLOCK_K": 512},
+        constants={
+            "BLOCK_SIZE": 64,
+            "HAS_BIAS": True,
+            "GATHER": False,
+            "EVEN": True,
+            "BLOCK_N": 8,
+            "BLOCK_K": 512,
+        },
     ),
     SimpleNamespace(
         kernel=decode.decode_kernel,

@@ -41,6 +41,7 @@ def gemm_kernel(
     BLOCK_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -51,32 +52,33 @@ def gemm_kernel(
     part = tl.program_id(2)
     valid_m, valid_n = m < tokens, n < rows
     table = load_table(code_ptr, GATHER)
+    # Rows and tokens past the end read the last one; nothing of them is stored.
+    row = tl.minimum(n, rows - 1).to(tl.int64)[:, None]
+    token = tl.minimum(m, tokens - 1).to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     first = part * share
     end = tl.minimum(first + share, columns)
     for start in range(first, end, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
         # [BLOCK_N, BLOCK_K], along the rows as they lie in memory; the product takes the transpose.
         weight = decode_tile(
-            qdata_ptr,
-            absmax_ptr,
+            qdata_ptr + row * columns,
+            absmax_ptr + row * blocks,
             code_ptr,
             table,
-            n,
             start,
-            rows,
             columns,
             blocks,
             BLOCK_SIZE,
             GATHER,
+            EVEN,
             BLOCK_N,
             BLOCK_K,
         )
-        x = tl.load(
-            x_ptr + m.to(tl.int64)[:, None] * columns + k[None, :],
-            mask=valid_m[:, None] & (k < end)[None, :],
-            other=0.0,
-        )
+        k = start + tl.arange(0, BLOCK_K)
+        if EVEN:
+            x = tl.load(x_ptr + token * columns + k[None, :])
+        else:
+            x = tl.load(x_ptr + token * columns + k[None, :], mask=(k < columns)[None, :], other=0.0)
         total = tl.dot(x, tl.trans(weight.to(x.dtype)), total, input_precision="ieee")
     if HAS_BIAS and SPLIT == 1:
         total += tl.load(bias_ptr + n, mask=valid_n, other=0.0).to(tl.float32)[None, :]
@@ -153,6 +155,7 @@ def gemm(x, qdata, absmax, code, block_size, bias, out, *, gather=GATHER, tile=N
         BLOCK_SIZE=block_size,
         HAS_BIAS=has_bias,
         GATHER=gather,
+        EVEN=columns % block_k == 0,
         SPLIT=split,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

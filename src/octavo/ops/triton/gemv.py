@@ -15,7 +15,7 @@ from .tables import decode_tile, load_table
 # Not yet measured on any GPU.
 BLOCK_N = 8
 BLOCK_K = 512
-GATHER = False
+GATHER = True
 NUM_WARPS = 4
 
 
@@ -33,31 +33,37 @@ def gemv_kernel(
     BLOCK_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid_n = n < rows
     table = load_table(code_ptr, GATHER)
+    # Rows past the end read the last one; nothing of them is stored.
+    row = tl.minimum(n, rows - 1).to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for start in range(0, columns, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
         weight = decode_tile(
-            qdata_ptr,
-            absmax_ptr,
+            qdata_ptr + row * columns,
+            absmax_ptr + row * blocks,
             code_ptr,
             table,
-            n,
             start,
-            rows,
             columns,
             blocks,
             BLOCK_SIZE,
             GATHER,
+            EVEN,
             BLOCK_N,
             BLOCK_K,
         )
-        total += weight * tl.load(x_ptr + k, mask=k < columns, other=0.0).to(tl.float32)[None, :]
+        k = start + tl.arange(0, BLOCK_K)
+        if EVEN:
+            x = tl.load(x_ptr + k)
+        else:
+            x = tl.load(x_ptr + k, mask=k < columns, other=0.0)
+        total += weight * x.to(tl.float32)[None, :]
     result = tl.sum(total, axis=1)
     if HAS_BIAS:
         result += tl.load(bias_ptr + n, mask=valid_n, other=0.0).to(tl.float32)
@@ -94,6 +100,7 @@ def gemv(
         BLOCK_SIZE=block_size,
         HAS_BIAS=bias is not None,
         GATHER=gather,
+        EVEN=columns % block_k == 0,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=num_warps,

@@ -37,43 +37,50 @@ def look_up(q, table, code_ptr, GATHER: tl.constexpr):
 
 @triton.jit
 def decode_tile(
-    qdata_ptr,
-    absmax_ptr,
+    q_rows,
+    absmax_rows,
     code_ptr,
     table,
-    n,
     start,
-    rows,
     columns,
     blocks,
     BLOCK_SIZE: tl.constexpr,
     GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Weights of rows n [BLOCK_N] and columns start ... start + BLOCK_K - 1: float32, 0 outside the matrix.
+    """Weights of BLOCK_N rows and of columns start ... start + BLOCK_K - 1: float32, 0 beyond the last column.
 
-    `start` is a multiple of BLOCK_K. Where tile and block divide each other, each scale is loaded once a row,
-    not once a weight.
+    Args:
+        q_rows, absmax_rows: pointers to the start of each row, [BLOCK_N, 1]; all of them exist.
+        start: a multiple of BLOCK_K.
+        EVEN: the row length is a multiple of BLOCK_K, so that nothing needs a mask.
+
+    Where tile and block divide each other, each scale is loaded once a row, not once a weight.
     """
     k = start + tl.arange(0, BLOCK_K)
-    row = n.to(tl.int64)[:, None]
-    inside = (n < rows)[:, None]
-    valid = inside & (k < columns)[None, :]
-    q = tl.load(qdata_ptr + row * columns + k[None, :], mask=valid, other=0)
+    valid = (k < columns)[None, :]
+    if EVEN:
+        q = tl.load(q_rows + k[None, :])
+    else:
+        q = tl.load(q_rows + k[None, :], mask=valid, other=0)
     values = look_up(q, table, code_ptr, GATHER)
     if BLOCK_SIZE % BLOCK_K == 0:
-        at = absmax_ptr + row * blocks + start // BLOCK_SIZE
-        weight = values * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        weight = values * tl.load(absmax_rows + start // BLOCK_SIZE).to(tl.float32)
     elif BLOCK_K % BLOCK_SIZE == 0:
         run: tl.constexpr = BLOCK_K // BLOCK_SIZE
         block = start // BLOCK_SIZE + tl.arange(0, run)
-        at = absmax_ptr + row * blocks + block[None, :]
-        scale = tl.load(at, mask=inside & (block < blocks)[None, :], other=0.0).to(tl.float32)
-        weight = tl.reshape(values, [BLOCK_N, run, BLOCK_SIZE]) * scale[:, :, None]
+        if EVEN:
+            scale = tl.load(absmax_rows + block[None, :])
+        else:
+            scale = tl.load(absmax_rows + block[None, :], mask=(block < blocks)[None, :], other=0.0)
+        weight = tl.reshape(values, [BLOCK_N, run, BLOCK_SIZE]) * scale.to(tl.float32)[:, :, None]
         weight = tl.reshape(weight, [BLOCK_N, BLOCK_K])
     else:
-        at = absmax_ptr + row * blocks + (k // BLOCK_SIZE)[None, :]
-        weight = values * tl.load(at, mask=valid, other=0.0).to(tl.float32)
-    # Beyond the last column the index read as 0 stands for code[0]; the products there must be 0.
-    return tl.where(valid, weight, 0.0)
+        scale = tl.load(absmax_rows + (k // BLOCK_SIZE)[None, :], mask=valid, other=0.0)
+        weight = values * scale.to(tl.float32)
+    if not EVEN:
+        # Beyond the last column the index read as 0 stands for code[0]; the products there must be 0.
+        weight = tl.where(valid, weight, 0.0)
+    return weight
