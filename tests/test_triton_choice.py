@@ -87,6 +87,15 @@ def test_tilings_give_every_multiprocessor_a_block(monkeypatch):
     assert cuda_kernels.mma_tiling(64, 50400, 0) == (2, 4, 2)
 
 
+@pytest.mark.parametrize("columns", [4096, 11008, 2880, 1600, 1001, 16384, 768])
+def test_instances_are_checked_on_rows_that_compile_alike(columns):
+    from octavo.ops.triton.choose import like
+
+    # What Triton's kernels are compiled for: divisibility by 16, and whole steps of BLOCK_K.
+    for factor in (16, 64, 128, 512):
+        assert (like(columns) % factor == 0) == (columns % factor == 0)
+
+
 def test_without_a_gpu_the_status_says_so():
     if not torch.cuda.is_available():
         assert triton.status()["active"] == "none"

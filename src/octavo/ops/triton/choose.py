@@ -132,6 +132,14 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+def like(columns: int) -> int:
+    """A small row length for which Triton compiles the same instance as for `columns`."""
+    for small, factor in ((1024, 512), (1152, 128), (1088, 64), (1040, 16)):
+        if columns % factor == 0:
+            return small
+    return 1037
+
+
 _chosen: dict[tuple, Callable[..., None]] = {}
 
 
@@ -143,9 +151,9 @@ def linear_kernel(dtype: torch.dtype, tokens: int, qdata, absmax, block_size) ->
         absmax.dtype,
         min(tokens, GEMM_TOKENS + 1),
         block_size,
-        # The tiling depends on the rows, the kernel on whether columns can be loaded 16 at a time.
+        # The tiling depends on the rows, the compiled instance on what the row length is a multiple of.
         qdata.shape[0],
-        qdata.shape[1] % 16,
+        like(qdata.shape[1]),
         qdata.data_ptr() % 16,
         qdata.is_contiguous() and absmax.is_contiguous(),
         os.environ.get(VARIABLE),
@@ -183,8 +191,8 @@ def _is_trusted(name, dtype, tokens, qdata, absmax, block_size) -> bool:
         tiling = cuda_kernels.mma_tiling(most, qdata.shape[0], qdata.device.index)
         kernel = functools.partial(kernel, tiling=tiling)
         case.append(f"tiling {tiling}")
-    # An odd number of rows and a partial last step; as divisible as the matrix at hand.
-    columns = 1040 if qdata.shape[1] % 16 == 0 else 1037
+    # The CUDA kernels are the same for all; there, a partial last step shows more.
+    columns = 1040 if name.startswith("cuda") else like(qdata.shape[1])
     case.append(f"columns {columns}")
 
     def check() -> str:
@@ -215,7 +223,7 @@ def decode(qdata, absmax, code, block_size, ids, first_column, out) -> None:
     ):
         from . import decode as triton_decode
 
-        columns = 1040 if qdata.shape[1] % 16 == 0 else 1037
+        columns = like(qdata.shape[1])
 
         def check_triton() -> str:
             run = triton_decode.decode
