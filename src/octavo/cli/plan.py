@@ -131,7 +131,7 @@ def read_config(model: str) -> tuple[Any, Any, bool]:
             f"{model}: expected a folder with a config.json that transformers knows, or a hub id; found none "
             f"({str(error).splitlines()[0]})"
         ) from error
-    stored = getattr(config, "quantization_config", None)
+    stored: Any = getattr(config, "quantization_config", None)
     stored = stored.to_dict() if hasattr(stored, "to_dict") else stored
     if stored and stored.get("quant_method") == "octavo":
         return config, OctavoConfig.from_dict(dict(stored)), True

@@ -22,7 +22,7 @@ from ..tensor import OctavoTensor
 ADAPTER_NAME = "published"
 
 
-def add_published_adapters(model: nn.Module, adapters: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+def add_published_adapters(model: Any, adapters: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Put low-rank additions onto a model as an active PEFT adapter named "published".
 
     Args:
@@ -67,7 +67,7 @@ def _fill(layer: Any, down: torch.Tensor, up: torch.Tensor) -> None:
             layer.lora_B[ADAPTER_NAME].weight.copy_(up)
 
 
-def keep_frozen_out_of_adapters(model: nn.Module) -> None:
+def keep_frozen_out_of_adapters(model: Any) -> None:
     """Leave 8-bit embeddings and heads out of what PEFT saves as an adapter. Calling it twice is harmless.
 
     Args:

@@ -97,7 +97,7 @@ def summed_cross_entropy(
     if select:
         counted = (targets != IGNORED).nonzero().squeeze(-1)
         flat, targets = flat[counted], targets[counted]
-    vocabulary = getattr(head, "out_features", None) or getattr(head, "vocabulary", 50_000)
+    vocabulary: Any = getattr(head, "out_features", None) or getattr(head, "vocabulary", 50_000)
     total = _SummedCrossEntropy.apply(flat, targets, head, rows_per_chunk(vocabulary), *parameters)
     return total, tokens
 
@@ -146,7 +146,7 @@ def loss_in_place_of_logits(
             head.forward = set_before
 
 
-def takes_chunked_loss(model: nn.Module) -> bool:
+def takes_chunked_loss(model: Any) -> bool:
     """Whether a model's logits are what its head gives, unchanged, so that its loss can be computed in chunks."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     changed = any(getattr(config, name, None) not in (None, 1, 1.0) for name in CHANGES_LOGITS)
@@ -155,9 +155,9 @@ def takes_chunked_loss(model: nn.Module) -> bool:
 
 
 def language_model_loss(
-    model: nn.Module,
+    model: Any,
     inputs: dict[str, torch.Tensor],
-    bare: nn.Module | None = None,
+    bare: Any = None,
     *,
     select: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -147,7 +147,9 @@ def _shape_only(tensor: torch.Tensor) -> torch.Tensor:
         parts = (
             torch.empty(part.shape, dtype=part.dtype) for part in (tensor.qdata, tensor.absmax, tensor.code)
         )
-        weight = OctavoTensor(*parts, tensor.block_size, tensor.dtype, tensor.transposed, tensor.codebook)
+        qdata, absmax, code = parts
+        options = (tensor.block_size, tensor.dtype, tensor.transposed, tensor.codebook)
+        weight = OctavoTensor(qdata, absmax, code, *options)
         return nn.Parameter(weight, requires_grad=False)
     plain = torch.empty(tensor.shape, dtype=tensor.dtype)
     return nn.Parameter(plain, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain

@@ -257,8 +257,9 @@ class _Merge:
         tensors = self.source.tensors
         if not self._is_packed(home):
             info = tensors[home]
-            floating = self.dtype is not None and info.dtype.is_floating_point
-            return [(name, self.dtype if floating else info.dtype, info.shape)]
+            floating = info.dtype.is_floating_point
+            dtype = self.dtype if self.dtype is not None and floating else info.dtype
+            return [(name, dtype, info.shape)]
         if self.dtype is not None:
             return [(name, self.dtype, tensors[f"{home}_qdata"].shape)]
         parts = [(suffix, tensors[f"{home}_{suffix}"]) for suffix in SUFFIXES]

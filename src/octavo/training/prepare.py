@@ -46,8 +46,8 @@ DATA_PARALLEL = (
 
 
 def prepare_for_training(
-    model: nn.Module, *, gradient_checkpointing: bool = True, float32_norms: bool = False
-) -> nn.Module:
+    model: Any, *, gradient_checkpointing: bool = True, float32_norms: bool = False
+) -> Any:
     """Make a quantized model ready for adapters and training, in place. Call it before `get_peft_model`.
 
     - Every parameter is frozen; adapters put on afterwards are trainable.

@@ -46,7 +46,8 @@ class OctavoTrainer(Trainer):
             {"eval_loss", "eval_perplexity", "eval_tokens"}, which also goes to the log.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        model = self._wrap_model(self.model, training=False)
+        bare: Any = self.model
+        model = self._wrap_model(bare, training=False)
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in self._shares_of(dataset):
@@ -73,7 +74,8 @@ class OctavoTrainer(Trainer):
         if len(examples) < math.ceil(len(dataset) / processes):
             first = dataset[0]
             examples.append({**first, "labels": [IGNORED] * len(first["input_ids"])})
-        return DataLoader(examples, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        shares: Any = examples
+        return DataLoader(shares, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
 
 
 class Progress(ProgressCallback):
