@@ -6,12 +6,17 @@
 namespace octavo {
 namespace {
 
+// Where a piece of every row is read, rows ahead are fetched. Measured on one core of a Zen 5, 16384 x 4096 from memory, the
+// transposed product of one token, G weights/s: none 3.4, 4 rows 8.8, 8 rows 7.0, 16 rows 8.4, 32 rows 9.3.
+constexpr int64_t kRowsAhead = 16;
+
 template <class S, DType T, int Parts>
 void dequantize_rows(const Packed& w, const Table& table, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
                      void* out, int64_t stride, float* scratch) {
   constexpr int J = kChunk / S::L;
   const typename S::Codes codes = S::load_codes(table);
   const int64_t chunk0 = col0 / kChunk, chunk1 = chunks_of(col1);
+  const int64_t ahead = chunk0 == 0 && col1 == w.columns ? kPrefetch : kRowsAhead * w.columns;
   RowScales<S> row_scales(w.scales, w.columns, Parts, chunk0, chunk1, scratch);
   uint8_t tail[kChunk];
   float last[kChunk];
@@ -21,6 +26,7 @@ void dequantize_rows(const Packed& w, const Table& table, int64_t row0, int64_t 
     const uint8_t* row = w.qdata + n * w.columns;
     const int64_t base = (n - row0) * stride - col0;
     for (int64_t c = chunk0; c < chunk1; c++) {
+      OCTAVO_PREFETCH(row + c * kChunk + ahead);
       S::decode(codes, chunk_of(row, c, w.columns, tail), v);
       for (int j = 0; j < J; j++) v[j] = S::mul(v[j], scale_of<S, Parts>(scales, c - chunk0, j));
       if ((c + 1) * kChunk <= col1) {
@@ -66,6 +72,7 @@ void transposed_parts(const Packed& w, const Table& table, const float* x, int64
     const float* scales = row_scales.row(n, w.rows);
     const uint8_t* row = w.qdata + n * w.columns;
     for (int64_t c = chunk0; c < chunk1; c++) {
+      OCTAVO_PREFETCH(row + c * kChunk + kRowsAhead * w.columns);
       S::decode(codes, chunk_of(row, c, w.columns, tail), v);
       for (int j = 0; j < J; j++) v[j] = S::mul(v[j], scale_of<S, Parts>(scales, c - chunk0, j));
       for (int64_t m = 0; m < tokens; m++) {

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from . import reference
 from .schema import implementation
@@ -34,16 +35,17 @@ ISA_VARIABLE = "OCTAVO_CPU_ISA"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Most tokens for the fused product; more go through panels of de-quantized rows and PyTorch's matmul. Measured on one core of
-# a Zen 5, 4096 x 4096, ms a call, fused against panels:
-#   bfloat16   8: 1.9 / 3.4   16: 3.5 / 3.9   24: 5.0 / 4.4
-#   float32    8: 3.5 / 5.9   24: 9.6 / 11    32: 13 / 13.7   64: 25 / 24
-#   float16   64: 13 / 24 (panels in float32: PyTorch's float16 takes 74), and so on in proportion
-_FUSED_TOKENS = {torch.bfloat16: 16, torch.float32: 32, torch.float16: 1 << 40}
+# a Zen 5, 2048 x 2048, ms a call, fused against panels:
+#   bfloat16   8: 0.39 / 0.61   16: 0.77 / 0.74   24: 1.15 / 0.85
+#   float32    8: 0.66 / 1.2    24: 1.9 / 2.4     32: 2.6 / 3.0     64: 5.6 / 6.3 (4096 x 4096: 25 / 24)
+#   float16    8: 0.41 / 1.3    24: 1.2 / 2.4     32: 1.6 / 3.1, and so on in proportion (panels in float32: PyTorch's float16
+#              takes 9.5 at 32)
+_FUSED_TOKENS = {torch.bfloat16: 14, torch.float32: 32, torch.float16: 1 << 40}
 # The same for avx2, neon and portable, where looking a code up costs more: on avx2, 2048 x 2048, bfloat16, one core of a Zen 5:
 # 4: 1.2 / 1.7   8: 2.3 / 1.9.
 _FUSED_TOKENS_SLOW = 4
-# Most tokens for the fused product with the transposed matrix. 2048 x 2048, as above, bfloat16: 8: 0.99 / 1.45, 16: 2.1 / 1.2.
-_FUSED_TOKENS_TRANSPOSED = 8
+# Most tokens for the fused product with the transposed matrix, measured as above in bfloat16: 4: 0.52 / 0.60, 8: 0.86 / 0.71.
+_FUSED_TOKENS_TRANSPOSED = 6
 # Bytes of a de-quantized panel: it should stay in the second-level caches. Measured as above, 8192 x 2048, 512 tokens of
 # bfloat16, against PyTorch on a dense matrix: 0.5 MB 0.986, 1 MB 1.007, 2 MB 1.008, 4 MB 1.004, 8 MB 0.964.
 _PANEL_BYTES = 2 << 20
@@ -185,11 +187,14 @@ def _linear_panels(x, qdata, absmax, code, block_size, bias):
     dtype = _PANEL_TYPES[x.dtype]
     flat = x.reshape(-1, columns).to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    out = torch.empty((flat.shape[0], rows), dtype=dtype)
     step = min(_panel_rows(columns, dtype), rows)
     panel = torch.empty((step, columns), dtype=dtype)
     matrix = _matrix(qdata, absmax, code, block_size)
     threads, kind, pointer = torch.get_num_threads(), _TYPES[dtype], panel.data_ptr()
+    if step == rows:
+        _native.dequantize(*matrix, 0, rows, 0, columns, pointer, kind, threads)
+        return F.linear(flat, panel, bias).to(x.dtype).view(*x.shape[:-1], rows)
+    out = torch.empty((flat.shape[0], rows), dtype=dtype)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         _native.dequantize(*matrix, start, stop, 0, columns, pointer, kind, threads)
