@@ -113,6 +113,7 @@ def test_the_evaluation_counts_tokens_whatever_the_batch(tmp_path):
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch(tmp_path):
     large = replace(SMALL, batch_size=4, max_steps=2, lora_dropout=0.0, evaluations=0)
     small = replace(large, batch_size=1, gradient_accumulation=4)
@@ -133,6 +134,7 @@ def test_ctrl_c_saves_and_resuming_gives_the_losses_of_an_uninterrupted_run(whol
     assert resumed.after["eval_loss"] == pytest.approx(whole[1].after["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
     run(tmp_path, callbacks=[StopAt(2)])
     broken = tmp_path / "checkpoint-9"
