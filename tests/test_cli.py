@@ -37,13 +37,13 @@ def model(tmp_path_factory):
 def test_help_teaches_and_imports_neither_torch_nor_transformers():
     run = octavo("--help")
     assert run.returncode == 0
-    for command in ("quantize", "generate", "finetune", "inspect", "demo", "doctor"):
+    for command in ("quantize", "generate", "finetune", "merge", "plan", "inspect", "demo", "doctor"):
         assert command in run.stdout
     code = "import octavo.cli, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
 
 
-@pytest.mark.parametrize("command", ["quantize", "generate", "finetune", "inspect", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["quantize", "generate", "finetune", "merge", "plan", "inspect", "demo", "doctor"])
 def test_each_command_explains_its_options(command):
     started = time.perf_counter()
     run = octavo(command, "--help")
@@ -117,7 +117,7 @@ def test_doctor_names_versions_and_active_kernels():
 
 
 def test_demo_shows_the_whole_path(tmp_path):
-    run = octavo("demo", "--out", tmp_path / "eight", "--max-new-tokens", 12)
+    run = octavo("demo", "--no-finetune", "--out", tmp_path / "eight", "--max-new-tokens", 12)
     assert run.returncode == 0, run.stderr
     for expected in ("Size", "Squared error", "Perplexity", demo.PROMPT, "12 tokens"):
         assert expected in run.stdout

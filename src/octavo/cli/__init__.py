@@ -16,6 +16,8 @@ from .doctor import doctor
 from .finetune import finetune
 from .generate import generate
 from .inspect import inspect
+from .merge import merge
+from .plan import plan
 from .quantize import quantize
 
 app = typer.Typer(
@@ -28,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, generate, finetune, inspect, demo, doctor):
+for command in (quantize, generate, finetune, merge, plan, inspect, demo, doctor):
     app.command()(command)
 
 
