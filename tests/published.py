@@ -9,12 +9,21 @@ from transformers import GPTJConfig, GPTJForCausalLM
 def tiny_gptj(width: int = 64) -> GPTJForCausalLM:
     torch.manual_seed(0)
     config = GPTJConfig(
-        n_embd=width, n_layer=2, n_head=4, rotary_dim=4, vocab_size=300, n_positions=64, bos_token_id=0, eos_token_id=0
+        n_embd=width,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=4,
+        vocab_size=300,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return GPTJForCausalLM(config).eval()
 
 
-def publish(model: GPTJForCausalLM, folder, adapters: bool = False, file: str = "pytorch_model.bin") -> GPTJForCausalLM:
+def publish(
+    model: GPTJForCausalLM, folder, adapters: bool = False, file: str = "pytorch_model.bin"
+) -> GPTJForCausalLM:
     """Write `model` as a published checkpoint; returns the plain model that holds its de-quantized weights.
 
     With `adapters`, each layer also gets one, and the plain model its product added.

@@ -40,10 +40,15 @@ def test_help_teaches_and_imports_neither_torch_nor_transformers():
     for command in ("quantize", "generate", "finetune", "merge", "plan", "inspect", "demo", "doctor"):
         assert command in run.stdout
     code = "import octavo.cli, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+        == ["False"] * 2
+    )
 
 
-@pytest.mark.parametrize("command", ["quantize", "generate", "finetune", "merge", "plan", "inspect", "demo", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "generate", "finetune", "merge", "plan", "inspect", "demo", "doctor"]
+)
 def test_each_command_explains_its_options(command):
     started = time.perf_counter()
     run = octavo(command, "--help")

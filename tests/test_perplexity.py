@@ -11,7 +11,9 @@ from octavo.evaluation.perplexity import Perplexity, perplexity, token_nlls, win
 from .published import tiny_gptj
 
 
-@pytest.mark.parametrize(("length", "window", "stride"), [(2, 8, 4), (8, 8, 4), (9, 8, 4), (40, 8, 3), (41, 16, 15)])
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(2, 8, 4), (8, 8, 4), (9, 8, 4), (40, 8, 3), (41, 16, 15)]
+)
 def test_every_token_but_the_first_is_scored_once_with_enough_context(length, window, stride):
     scored = []
     for start, stop, first in windows(length, window, stride):

@@ -55,7 +55,17 @@ def __getattr__(name: str):
         value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
         globals()[name] = value
         return value
-    if name in {"ops", "codebook", "tensor", "model", "config", "quantizer", "checkpoint", "compat", "training"}:
+    if name in {
+        "ops",
+        "codebook",
+        "tensor",
+        "model",
+        "config",
+        "quantizer",
+        "checkpoint",
+        "compat",
+        "training",
+    }:
         return _import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -31,7 +31,8 @@ class GPTJForCausalLM(modeling_gptj.GPTJForCausalLM):
 
         Args:
             pretrained_model_name_or_path: a Hugging Face id or a folder.
-            kwargs: `dtype` or `torch_dtype`, `revision` and `device_map` (a device) are understood; `low_cpu_mem_usage` is always on.
+            kwargs: `dtype` or `torch_dtype`, `revision` and `device_map` (a device) are understood;
+                `low_cpu_mem_usage` is always on.
 
         Raises:
             TypeError: on any other option, naming it.
@@ -51,5 +52,8 @@ class GPTJForCausalLM(modeling_gptj.GPTJForCausalLM):
             device = next(iter(device.values()))
         # The card puts the model on a device afterwards; until then it is where torch puts tensors by default.
         return load(
-            pretrained_model_name_or_path, dtype=dtype, device=None if device == "auto" else device or "cpu", revision=revision
+            pretrained_model_name_or_path,
+            dtype=dtype,
+            device=None if device == "auto" else device or "cpu",
+            revision=revision,
         )

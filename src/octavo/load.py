@@ -126,11 +126,10 @@ def computing_type(own: torch.dtype, device: torch.device) -> torch.dtype:
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
-    if isinstance(dtype, str):
-        dtype = DTYPES.get(dtype.removeprefix("torch."), dtype)
-    if dtype not in DTYPES.values():
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
-    return dtype
+    return found
 
 
 def _own_dtype(source: Any) -> torch.dtype:

@@ -7,13 +7,14 @@ import typer
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write the 8-bit model to; replaced if it is there.")] = Path(
-        "demo-output/model-8bit"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder to write the 8-bit model to; replaced if it is there.")
+    ] = Path("demo-output/model-8bit"),
     seed: Annotated[int, typer.Option(help="Of the sampled text.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the text.", min=1)] = 80,
     finetune: Annotated[
-        bool, typer.Option("--finetune/--no-finetune", help="Also fine-tune the 8-bit model, for about a minute.")
+        bool,
+        typer.Option("--finetune/--no-finetune", help="Also fine-tune the 8-bit model, for about a minute."),
     ] = True,
 ) -> None:
     """Show the whole path on a small Spanish model that ships with Octavo.
@@ -33,7 +34,9 @@ def demo(
             "with scripts/demo_model/train.py"
         )
     console = Console(soft_wrap=True)
-    console.print("[bold]Octavo[/bold], shown on a Spanish GPT-J of 7 million parameters in 16 bits, trained on")
+    console.print(
+        "[bold]Octavo[/bold], shown on a Spanish GPT-J of 7 million parameters in 16 bits, trained on"
+    )
     console.print("the Reina-Valera 1909 Bible and the Debian handbook.\n")
     quiet_loading()
     result = _quantize(console, shipped.MODEL, out)
@@ -79,13 +82,11 @@ def _measure(console, source: Path, out: Path, text: Path):
             else:
                 model = load(out, dtype=torch.float32, device="cpu")
             task = bar.add_task(name)
-            measured = perplexity(
-                model,
-                tokenizer,
-                words,
-                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
-            )
-            found.append(measured)
+
+            def show(done: int, total: int, task=task) -> None:
+                bar.update(task, completed=done, total=total)
+
+            found.append(perplexity(model, tokenizer, words, progress=show))
     return found
 
 
@@ -137,7 +138,9 @@ def _finetune(console, out: Path, text: Path) -> None:
     from octavo.training.demo import finetune_demo
 
     adapter = out.parent / "adapter"
-    console.print(f"\n[bold]4.[/bold] Fine-tune on 80 % of {text.name}: octavo finetune {out} --data {text.name} ...\n")
+    console.print(
+        f"\n[bold]4.[/bold] Fine-tune on 80 % of {text.name}: octavo finetune {out} --data {text.name} ...\n"
+    )
     model = load(out, dtype=torch.float32, device="cpu")
     with warnings.catch_warnings():
         # PEFT's and transformers' notes to programmers.
@@ -146,7 +149,9 @@ def _finetune(console, out: Path, text: Path) -> None:
     table = Table()
     for title in ("", "before", "after"):
         table.add_column(title, overflow="fold")
-    table.add_row("Perplexity on the other 20 %", f"{result.perplexity_before:.1f}", f"{result.perplexity_after:.1f}")
+    table.add_row(
+        "Perplexity on the other 20 %", f"{result.perplexity_before:.1f}", f"{result.perplexity_after:.1f}"
+    )
     table.add_row("It writes", result.text_before, result.text_after)
     console.print(table)
     same = "unchanged, byte for byte" if result.frozen_unchanged else "CHANGED: please report this"

@@ -62,7 +62,9 @@ def _machine() -> dict[str, object]:
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
     }
     if not torch.cuda.is_available():
-        found["GPU"] = "none that this torch can use" + ("" if torch.version.cuda else " (it is a build for CPUs)")
+        found["GPU"] = "none that this torch can use" + (
+            "" if torch.version.cuda else " (it is a build for CPUs)"
+        )
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found[f"cuda:{index}"] = (

@@ -7,15 +7,21 @@ import typer
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A folder, a file or a Hugging Face id; anything `octavo.load` takes.")],
+    model: Annotated[
+        str, typer.Argument(help="A folder, a file or a Hugging Face id; anything `octavo.load` takes.")
+    ],
     prompt: Annotated[str, typer.Argument(help="The text to continue. `-` reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="Above 1 bolder, below 1 safer.", min=0.0)] = 0.8,
     top_p: Annotated[
         float, typer.Option(help="Sample from the likeliest tokens that add up to this.", min=0.0, max=1.0)
     ] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: from all.", min=0)] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.", min=0.01)] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Sample from this many likeliest tokens; 0: from all.", min=0)
+    ] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 discourages repetition.", min=0.01)
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes the sampling repeatable.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     chat: Annotated[
@@ -27,9 +33,12 @@ def generate(
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter folder to put on top.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Type to compute in: float32, float16, bfloat16. Default: the model's own.")
+        str | None,
+        typer.Option(help="Type to compute in: float32, float16, bfloat16. Default: the model's own."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
+    ] = None,
 ) -> None:
     """Continue PROMPT with MODEL, printing the text as it comes, and the speed at the end.
 
@@ -58,12 +67,16 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     sampling = greedy or temperature == 0.0
-    options = {"do_sample": False} if sampling else {
-        "do_sample": True,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-    }
+    options = (
+        {"do_sample": False}
+        if sampling
+        else {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+        }
+    )
     result = stream(
         network,
         tokenizer,

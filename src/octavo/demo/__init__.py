@@ -1,5 +1,5 @@
-"""The demonstration: a small Spanish GPT-J that ships with Octavo (`model/`), a text it never saw (`text/`), and what `octavo demo`
-does with them.
+"""The demonstration: a small Spanish GPT-J that ships with Octavo (`model/`), a text it never saw (`text/`), and what
+`octavo demo` does with them.
 
 Example:
     >>> from octavo import demo

@@ -45,6 +45,4 @@ def divergence(model: Any, base: Any, ids: torch.Tensor, window: int) -> Diverge
             found.append((theirs.exp() * (theirs - ours)).sum(-1))
             agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     kl = torch.cat(found)
-    return Divergence(
-        kl.mean().item(), kl.quantile(0.99).item(), kl.max().item(), agreed / len(kl), len(kl)
-    )
+    return Divergence(kl.mean().item(), kl.quantile(0.99).item(), kl.max().item(), agreed / len(kl), len(kl))

@@ -151,6 +151,4 @@ def perplexity(
         raise ValueError("the text has fewer than two tokens: there is nothing to predict")
     total = len(ids) - 1
     nll = token_nlls(model, ids, window, stride, batch_size, lambda done: progress and progress(done, total))
-    return Perplexity(
-        float(nll.sum()), total, len(text.split()), len(text.encode("utf-8")), window, stride
-    )
+    return Perplexity(float(nll.sum()), total, len(text.split()), len(text.encode("utf-8")), window, stride)
