@@ -9,6 +9,7 @@
 #include <new>
 #include <vector>
 
+#include "engine.h"
 #include "half.h"
 #include "parallel.h"
 
@@ -320,6 +321,8 @@ uint64_t read_through(const void* data, int64_t bytes, int threads) {
     uint64_t found[kWords] = {}, now[kWords];
     const char* p = static_cast<const char*>(data) + task * split.step * line;
     for (int64_t i = task * split.step; i < std::min((task + 1) * split.step, lines); i++, p += line) {
+      // As far ahead as the kernels do, so that this is the most a core can read.
+      for (int64_t l = 0; l < line; l += 64) OCTAVO_PREFETCH(p + kPrefetch + l);
       std::memcpy(now, p, sizeof now);
       for (int64_t w = 0; w < kWords; w++) found[w] ^= now[w];
     }
