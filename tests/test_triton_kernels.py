@@ -235,6 +235,18 @@ def test_panels_fill_the_gpu_within_bounds():
         assert -(-total // step) * step < total + 256 * -(-total // step)
 
 
+def test_a_codebook_that_is_not_contiguous():
+    from octavo.ops import triton
+
+    qdata, absmax, code = packed(32, 64, 64, torch.float16)
+    strided = torch.stack([code, torch.full_like(code, 9.0)], 1)[:, 0]
+    assert not strided.is_contiguous()
+    wanted = reference.dequantize(qdata, absmax, code, 64, torch.float32)
+    assert torch.equal(triton.dequantize(qdata, absmax, strided, 64, torch.float32), wanted)
+    x = torch.randn(3, 64)
+    assert error(triton.linear(x, qdata, absmax, strided, 64), x.double() @ wanted.double().T) < 1e-5
+
+
 def test_empty_tensors():
     from octavo.ops import triton
 

@@ -55,7 +55,7 @@ def linear(x, qdata, absmax, code, block_size, bias=None):
     x = x.reshape(-1, columns).contiguous()
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    qdata, absmax = qdata.contiguous(), absmax.contiguous()
+    qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
     kernel = choose.linear_kernel(x.dtype, x.shape[0], qdata, absmax, block_size)
     kernel(x, qdata, absmax, code, block_size, bias, out.view(-1, rows))
     return out
@@ -72,7 +72,7 @@ def linear_transposed(x, qdata, absmax, code, block_size):
     if rows == 0:
         return out.zero_()
     x = x.reshape(-1, rows).contiguous()
-    qdata, absmax = qdata.contiguous(), absmax.contiguous()
+    qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
     panels.linear_transposed(x, qdata, absmax, code, block_size, out.view(-1, columns), choose.decode)
     return out
 
@@ -82,7 +82,7 @@ def linear_transposed(x, qdata, absmax, code, block_size):
 def dequantize(qdata, absmax, code, block_size, dtype):
     """`octavo.ops.dequantize`: → [N, K] in `dtype`."""
     out = torch.empty(qdata.shape, dtype=dtype, device=qdata.device)
-    choose.decode(qdata.contiguous(), absmax.contiguous(), code, block_size, None, 0, out)
+    choose.decode(qdata.contiguous(), absmax.contiguous(), code.contiguous(), block_size, None, 0, out)
     return out
 
 
@@ -96,7 +96,7 @@ def embedding(ids, qdata, absmax, code, block_size, dtype):
     out = torch.empty((*ids.shape, qdata.shape[1]), dtype=dtype, device=qdata.device)
     flat = ids.reshape(-1).contiguous()
     rows = out.view(-1, qdata.shape[1]) if out.numel() else out
-    choose.decode(qdata.contiguous(), absmax.contiguous(), code, block_size, flat, 0, rows)
+    choose.decode(qdata.contiguous(), absmax.contiguous(), code.contiguous(), block_size, flat, 0, rows)
     return out
 
 
@@ -119,7 +119,9 @@ def _encoder(weight, block_size, absmax_dtype):
 @_on_its_device
 def quantize(weight, code, block_size, absmax_dtype):
     """`octavo.ops.quantize`: float [N, K] → qdata, absmax, byte for byte the reference's."""
-    return _encoder(weight, block_size, absmax_dtype).quantize(weight, code, block_size, absmax_dtype)
+    return _encoder(weight, block_size, absmax_dtype).quantize(
+        weight, code.contiguous(), block_size, absmax_dtype
+    )
 
 
 @implementation("histogram", "CUDA")
