@@ -136,3 +136,21 @@ def test_errors_say_what_to_do(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no GPU"):
             octavo.load(tmp_path / "plain", device="cuda")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
+    """A failed connection is an error of the HTTP library, which is no OSError."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    library = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+    class ConnectError(library):
+        pass
+
+    def unreachable(*arguments, **options):
+        raise ConnectError("name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
+    with pytest.raises(CheckpointError, match=r"cannot be reached \(ConnectError\)"):
+        octavo.load("nobody/nothing")

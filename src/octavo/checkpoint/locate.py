@@ -147,6 +147,7 @@ def download(repository: str, revision: str | None = None, only: str | None = No
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -154,6 +155,10 @@ def download(repository: str, revision: str | None = None, only: str | None = No
         RevisionNotFoundError,
     )
 
+    # A failed connection is an error of the hub's HTTP library, whichever that is in this version: the class that its
+    # own errors descend from.
+    network = next((base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"), OSError)
+    unreachable_errors: tuple[type[BaseException], ...] = (OSError, OfflineModeIsEnabled, network)
     try:
         files = HfApi().list_repo_files(repository, revision=revision)
         patterns = [only] if only else wanted_files(files)
@@ -169,7 +174,7 @@ def download(repository: str, revision: str | None = None, only: str | None = No
         raise CheckpointError(
             f"{repository}: no such file or folder here, and no such repository{at} on the hub"
         ) from error
-    except (OSError, OfflineModeIsEnabled) as unreachable:
+    except unreachable_errors as unreachable:
         try:
             return Path(snapshot_download(repository, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, OSError) as error:
