@@ -7,7 +7,6 @@ Example:
 """
 
 import json
-import platform
 import re
 import statistics
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,8 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from octavo.cli.doctor import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -30,16 +31,6 @@ PACKAGES = (
 )
 
 
-def processor() -> str:
-    """The processor's model name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -51,7 +42,7 @@ def machine() -> dict:
     from octavo.ops import cpu
 
     return {
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
@@ -66,7 +57,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def file_stem(kind: str) -> str:
-    return f"cpu-{kind}-" + re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    return f"cpu-{kind}-" + re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-")
 
 
 def save(kind: str, result: dict, folder: Path = RESULTS) -> Path:
@@ -105,7 +96,7 @@ def bars(kind: str, groups: dict[str, dict[str, float]], unit: str, folder: Path
         axis.set_xlabel(unit)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{processor()}, {torch.get_num_threads()} threads", fontsize=9)
+    figure.suptitle(f"{processor_name()}, {torch.get_num_threads()} threads", fontsize=9)
     figure.tight_layout()
     path = folder / f"{file_stem(kind)}.png"
     figure.savefig(path, dpi=120)

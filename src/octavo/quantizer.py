@@ -11,6 +11,7 @@ Example:
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def quantize_parameter(weight: torch.Tensor, config: OctavoConfig, name: str = "
         )
     lead = weight.shape[:-2]
     matrices = weight.detach().reshape(-1, *weight.shape[-2:])
-    scales = _scale_dtype(matrices, config)
+    scales = scale_dtype(matrices, config)
     if scales == torch.float16 and matrices.numel() and matrices.abs().max() > ops.HALF_LARGEST:
         raise ValueError(
             f"{name} holds weights beyond {ops.HALF_LARGEST:g}, which float16 scales cannot hold: use scales='auto'"
@@ -76,8 +77,8 @@ def quantize_parameter(weight: torch.Tensor, config: OctavoConfig, name: str = "
     return Packed(qdata, absmax, code, parts[0].block_size)
 
 
-def _scale_dtype(matrices: torch.Tensor, config: OctavoConfig) -> torch.dtype:
-    """One type of scales for all matrices of a parameter."""
+def scale_dtype(matrices: Iterable[torch.Tensor], config: OctavoConfig) -> torch.dtype:
+    """One type of scales for all matrices [N, K] of a parameter; they are looked at only where the config says "auto"."""
     if config.scales != "auto":
         return SCALE_DTYPES[config.scales]
     if config.codebook == "dynamic":

@@ -23,6 +23,22 @@ def is_embedding_adapter(down: torch.Tensor, up: torch.Tensor) -> bool:
     return down.shape[1] == up.shape[1] and down.shape[0] != up.shape[1]
 
 
+def lora_options(adapters: Adapters) -> dict[str, Any]:
+    """What PEFT's LoraConfig has to be told of adapters given as module name → (adapter.0.weight, adapter.2.weight)."""
+    ranks = {module: up.shape[1] for module, (_, up) in adapters.items()}
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    # alpha = r everywhere: the published layers add the product as it is.
+    others = {module: r for module, r in ranks.items() if r != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+        "target_modules": sorted(ranks),
+    }
+
+
 def peft_adapter(adapters: Adapters, base: str = "") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """PEFT's adapter_config.json and tensors for adapters given as module name → (adapter.0.weight,
     adapter.2.weight).
@@ -30,28 +46,19 @@ def peft_adapter(adapters: Adapters, base: str = "") -> tuple[dict[str, Any], di
     Returns:
         The config as a dictionary, and the tensors by PEFT's names.
     """
-    ranks, tensors = {}, {}
+    tensors = {}
     for module, (down, up) in adapters.items():
-        ranks[module] = up.shape[1]
         names = ("lora_A.weight", "lora_B.weight")
         if is_embedding_adapter(down, up):
             names = ("lora_embedding_A", "lora_embedding_B")
             down = down.T
         for name, tensor in zip(names, (down, up), strict=True):
             tensors[f"base_model.model.{module}.{name}"] = tensor.contiguous().clone()
-    rank = max(set(ranks.values()), key=list(ranks.values()).count)
-    # alpha = r everywhere: the published layers add the product as it is.
-    others = {module: r for module, r in ranks.items() if r != rank}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "rank_pattern": others,
-        "alpha_pattern": dict(others),
-        "target_modules": sorted(ranks),
+        **lora_options(adapters),
         "bias": "none",
         "inference_mode": True,
     }

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..config import OctavoConfig
-from ..quantizer import SCALE_DTYPES, Packed, quantize_parameter
+from ..quantizer import Packed, quantize_parameter, scale_dtype
 from .errors import CheckpointError
 from .shards import ShardFile
 from .source import Source
@@ -144,7 +143,7 @@ def _write_published(output: Output, unit: Unit, shard: ShardFile, source: Any) 
 
 def _write_matrices(output: Output, count: int, read: Callable[[int], torch.Tensor], shard: ShardFile) -> Row:
     """Quantize `count` matrices [N, K], each with its own codebook and all with one type of scales."""
-    scales = _scale_dtype(count, read, output.config)
+    scales = scale_dtype((_computable(read(index)) for index in range(count)), output.config)
     fixed = replace(output.config, scales="float16" if scales == torch.float16 else "float32")
     row = Row(output.name, output.shape, "8-bit", 0, output.nbytes(scales))
 
@@ -167,18 +166,6 @@ def _write_packed(output: Output, parts: Any, shard: ShardFile, scales: torch.dt
         for suffix in ("code", "absmax", "qdata"):
             key = f"{output.name}_{suffix}"
             positions[key] = shard.write(positions[key], getattr(packed, suffix))
-
-
-def _scale_dtype(count: int, read: Callable[[int], torch.Tensor], config: OctavoConfig) -> torch.dtype:
-    """One type of scales for all matrices of a parameter, as `octavo.quantizer` chooses it."""
-    if config.scales != "auto":
-        return SCALE_DTYPES[config.scales]
-    if config.codebook == "dynamic":
-        return torch.float32
-    size = config.block_size
-    assert size is not None  # OctavoConfig fills it in
-    types = {ops.scale_dtype(_computable(read(index)), size) for index in range(count)}
-    return torch.float32 if torch.float32 in types else torch.float16
 
 
 def _computable(matrix: torch.Tensor) -> torch.Tensor:

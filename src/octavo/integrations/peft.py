@@ -11,12 +11,12 @@ Example:
     >>> add_published_adapters(model, {"transformer.h.0.attn.q_proj": (down, up)})  # doctest: +SKIP
 """
 
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoint.adapters import lora_options
 from ..tensor import OctavoTensor
 
 ADAPTER_NAME = "published"
@@ -40,18 +40,7 @@ def add_published_adapters(model: Any, adapters: dict[str, tuple[torch.Tensor, t
             "this checkpoint carries adapters, which PEFT applies: `pip install 'octavo[train]'`"
         ) from error
 
-    ranks = {name: up.shape[1] for name, (_, up) in adapters.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: rank for name, rank in ranks.items() if rank != common}
-    config = LoraConfig(
-        r=common,
-        lora_alpha=common,
-        target_modules=list(adapters),
-        rank_pattern=others,
-        alpha_pattern=others,
-        lora_dropout=0.0,
-    )
-    model.add_adapter(config, ADAPTER_NAME)
+    model.add_adapter(LoraConfig(**lora_options(adapters)), ADAPTER_NAME)
     for name, (down, up) in adapters.items():
         _fill(model.get_submodule(name), down, up)
 
