@@ -62,7 +62,7 @@ def linear(rows: int, columns: int, tokens: int, dtype: torch.dtype, rounds: int
     stored = qdata.numel() + 2 * absmax.numel()
     functions: dict[str, Callable[[], object]] = {
         "octavo": lambda: cpu.linear_fast(x, qdata, absmax, code, BLOCK),
-        "read": lambda: cpu._native.read_through(qdata.data_ptr(), qdata.numel(), threads),
+        "read": lambda: cpu.native.library.read_through(qdata.data_ptr(), qdata.numel(), threads),
         f"torch {str(dtype)[6:]}": lambda: F.linear(x, dense),
     }
     if dtype == torch.bfloat16 and tokens == 1:

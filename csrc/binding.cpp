@@ -1,4 +1,4 @@
-// octavo._native: raw pointers in, nothing of PyTorch. octavo/ops/cpu.py checks shapes and calls this.
+// octavo._native: raw pointers in, nothing of PyTorch. octavo/ops/cpu/ checks shapes and calls this.
 //
 // Types are 0 float32, 1 float16, 2 bfloat16. Pointers are integers; 0 means absent. The GIL is released while it works.
 #include <nanobind/nanobind.h>

@@ -45,7 +45,7 @@ def test_none_leaves_the_reference_in_charge():
 
 def test_unknown_kernels_are_refused_with_the_known_ones():
     done = run_with("fastest", REPORT)
-    if cpu._native is None:
+    if cpu.native.library is None:
         assert json.loads(done.stdout.splitlines()[-1])["active"] == "reference"
     else:
         assert done.returncode != 0
@@ -68,14 +68,14 @@ def test_one_openmp_runtime_is_loaded():
 @native
 def test_the_operations_reach_the_native_kernels(monkeypatch):
     called = []
-    real = cpu._native
+    real = cpu.native.library
 
     class Recorder:
         def __getattr__(self, name):
             called.append(name)
             return getattr(real, name)
 
-    monkeypatch.setattr(cpu, "_native", Recorder())
+    monkeypatch.setattr(cpu.native, "library", Recorder())
     weight, code = torch.randn(24, 128), codebook.dynamic()
     qdata, absmax = ops.quantize(weight, code, 64, torch.float32)
     ops.dequantize(qdata, absmax, code, 64)

@@ -256,7 +256,7 @@ def test_addresses_that_are_not_aligned(dtype, offset):
     expected = cpu.linear_fast(x, qdata, absmax, code, 64)
     places = [misaligned(t, offset) for t in (qdata, absmax, code, x, torch.empty_like(expected))]
     q, a, c, i, o = (place.data_ptr() for place, _ in places)
-    kind = cpu._TYPES[dtype]
+    kind = cpu.TYPES[dtype]
     _native.linear(q, a, True, c, 33, 130, 64, i, kind, 2, 0, 0, o, 2)
     assert torch.equal(places[4][0], expected.view(-1).view(torch.uint8))
     weight = torch.randn(33, 130, generator=generator).to(dtype)

@@ -1,0 +1,89 @@
+"""The native module: whether it is there, which kernels of it are used, and how tensors are handed to it.
+
+Without it, or with the environment variable OCTAVO_CPU_ISA=none, the plain-PyTorch definitions stay in charge.
+OCTAVO_CPU_ISA=vbmi, avx512, avx2 or portable picks kernels, for tests.
+
+Example:
+    >>> from octavo.ops.cpu import native
+    >>> sorted(native.status())
+    ['active', 'pool', 'reason', 'supported', 'threads']
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+try:
+    from octavo import _native as library
+
+    _import_error = None
+except ImportError as error:
+    library = None
+    _import_error = str(error)
+
+ISA_VARIABLE = "OCTAVO_CPU_ISA"
+# How the native functions number the types.
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_requested = os.environ.get(ISA_VARIABLE, "").strip().lower()
+
+
+def _load() -> tuple[bool, str]:
+    """Choose the kernels: whether native ones are used, and why."""
+    if _requested == "none":
+        return False, f"{ISA_VARIABLE}=none"
+    if library is None:
+        return False, (
+            f"the native kernels were not built ({_import_error}); reinstall where there is a C++17 compiler, with pip -v to "
+            "see what fails"
+        )
+    if _requested:
+        if _requested not in library.supported():
+            raise ValueError(
+                f"{ISA_VARIABLE}={_requested}: expected none or one of {', '.join(library.supported())} on this processor"
+            )
+        library.select(_requested)
+        why = f"{ISA_VARIABLE}={_requested}"
+    else:
+        features = library.cpu_features()
+        why = (
+            f"the processor has {features}"
+            if features
+            else "no kernels for more than plain C++ on this processor"
+        )
+    library.share_openmp_of(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return True, why
+
+
+AVAILABLE, _reason = _load()
+
+
+def status() -> dict[str, object]:
+    """Which kernels run on the CPU, and why.
+
+    Returns:
+        active: name of the kernels, "reference" for plain PyTorch; reason; supported: names that could be chosen, best
+        first; threads; pool: what runs them.
+    """
+    return {
+        "active": library.active() if AVAILABLE else "reference",
+        "reason": _reason,
+        "supported": list(library.supported()) if library is not None else [],
+        "threads": torch.get_num_threads(),
+        "pool": library.pool() if AVAILABLE else "PyTorch",
+    }
+
+
+def matrix(qdata, absmax, code, block_size):
+    """The arguments by which the native functions take a matrix. The tensors must outlive the call and be contiguous."""
+    rows, columns = qdata.shape
+    return (
+        qdata.data_ptr(),
+        absmax.data_ptr(),
+        absmax.dtype is torch.float16,
+        code.data_ptr(),
+        rows,
+        columns,
+        block_size,
+    )
