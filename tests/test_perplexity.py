@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from octavo.evaluation.divergence import divergence
-from octavo.evaluation.perplexity import Perplexity, perplexity, token_nlls, windows
+from octavo.evaluation.perplexity import Perplexity, perplexity, token_nlls
+from octavo.evaluation.scoring import windows
 
 from .published import tiny_gptj
 

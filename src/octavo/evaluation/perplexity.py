@@ -1,8 +1,4 @@
-"""Perplexity by sliding window.
-
-Windows of `window` tokens start every `stride` tokens. The first scores all its tokens but the very first; each later one scores
-only its last tokens, those that no window before it has scored, so that every token but the first is scored once, with at least
-`window - stride` tokens of context (but for the first window).
+"""Perplexity by sliding window; `octavo.evaluation.scoring` says which windows and what they score.
 
 Example:
     >>> result = perplexity(model, tokenizer, text, window=512, stride=256)  # doctest: +SKIP
@@ -11,11 +7,13 @@ Example:
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .scoring import choose_window, scored, token_nll
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class Perplexity:
 
     @property
     def word_perplexity(self) -> float:
-        return math.exp(self.nll / self.words)
+        """exp of the negative log-likelihood a word; infinity where that is too large for a number."""
+        return math.exp(self.nll / self.words) if self.nll / self.words < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -59,26 +58,12 @@ class Perplexity:
         )
 
 
-def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over a text of `length` tokens: (start, stop, first token scored)."""
-    if not 1 <= stride < window:
-        raise ValueError(f"stride: expected 1 to window - 1 = {window - 1}, found {stride}")
-    scored = 1
-    for start in range(0, max(length - 1, 1), stride):
-        stop = min(start + window, length)
-        if stop > scored:
-            yield start, stop, scored
-        scored = stop
-        if stop == length:
-            return
-
-
 def token_nlls(
     model: Any,
     ids: torch.Tensor,
     window: int,
     stride: int,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood of each token of a text but the first.
@@ -86,7 +71,7 @@ def token_nlls(
     Args:
         model: a causal language model.
         ids: int [tokens].
-        window, stride: see the module.
+        window, stride: see `octavo.evaluation.scoring`.
         batch_size: windows run at once; the result does not depend on it but for rounding.
         progress: called with the number of tokens scored so far.
 
@@ -94,30 +79,10 @@ def token_nlls(
         float64 [tokens - 1], in nats, on the CPU.
     """
     out = torch.empty(len(ids) - 1, dtype=torch.float64)
-    batch: list[tuple[int, int, int]] = []
-
-    def flush() -> None:
-        if not batch:
-            return
-        inputs = torch.stack([ids[start:stop] for start, stop, _ in batch]).to(model.device)
-        logits = model(inputs, use_cache=False).logits
-        for row, (start, stop, scored) in enumerate(batch):
-            # The logits at a position are the next token's; only the rows that are scored are widened to float32.
-            kept = logits[row, scored - 1 - start : stop - 1 - start].float()
-            targets = ids[scored:stop].to(model.device)
-            nll = torch.nn.functional.cross_entropy(kept, targets, reduction="none")
-            out[scored - 1 : stop - 1] = nll.double().cpu()
+    for part in scored(model, ids, window, stride, batch_size):
+        out[part.first - 1 : part.stop - 1] = token_nll(part.logits, ids[part.first : part.stop])
         if progress is not None:
-            progress(batch[-1][1] - 1)
-        batch.clear()
-
-    with torch.inference_mode():
-        for each in windows(len(ids), window, stride):
-            # Only windows of one length go together: padding would change what the model sees.
-            if batch and (len(batch) == batch_size or each[1] - each[0] != batch[0][1] - batch[0][0]):
-                flush()
-            batch.append(each)
-        flush()
+            progress(part.stop - 1)
     return out
 
 
@@ -127,7 +92,7 @@ def perplexity(
     text: str,
     window: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a text.
@@ -140,11 +105,7 @@ def perplexity(
     Raises:
         ValueError: if the text has fewer than two tokens, or the window is longer than the model's context.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or 2048
-    window = window or min(longest, 2048)
-    if window > longest:
-        raise ValueError(f"window: this model's context is {longest} tokens, found {window}")
-    stride = stride or window // 2
+    window, stride = choose_window(model, window, stride)
     # A tokenizer warns of texts longer than its model's context; the windows take care of that.
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < 2:
