@@ -133,6 +133,7 @@ def finetune(
     from octavo.training.recipe import Recipe
     from octavo.training.report import print_table, show_example, write_curve, write_log
     from octavo.training.run import finetune_model, training_device, training_type
+    from octavo.training.sharding import is_sharded, sharding_asked
 
     recipe = Recipe.of(preset, **{name: given[name] for name in Recipe.__dataclass_fields__ if name in given})
     device = training_device()
@@ -155,7 +156,9 @@ def finetune(
             console.print(f"{count:,} examples {what} --max-length {recipe.max_length}")
     if train.examples:
         show_example(train.examples[0], tokenizer, console)
-    network = load(model, dtype=training_type(recipe.dtype, device), device=device)
+    # A model that is to be sharded is cut on the CPU: no device then ever holds all of it.
+    place = "cpu" if sharding_asked() else device
+    network = load(model, dtype=training_type(recipe.dtype, device), device=place)
     outcome = finetune_model(
         network, tokenizer, train.examples, held_out.examples, recipe, output, resume=resume
     )
@@ -167,6 +170,8 @@ def finetune(
         console.print(f"stopped at step {outcome.steps} and saved; the same command with --resume goes on")
         sys.exit(130)
     print_table(outcome.history, console)
+    if is_sharded(outcome.model):
+        console.print(f"FSDP2: this process held {outcome.held_bytes / 1e6:.3f} MB of 8-bit weights")
     console.print(
         f"trained {outcome.trainable:,} of {outcome.total:,} parameters for {outcome.steps} steps"
         + (f"; curve: {output}/loss.png" if drawn else "; for a curve, `pip install matplotlib`")

@@ -30,6 +30,7 @@ from .adapters import add_adapters
 from .data import Example, collate
 from .prepare import GradientGuard, prepare_for_training
 from .recipe import Recipe
+from .sharding import held_bytes, keep_accelerate_from_sharding, shard_frozen, sharding_asked
 from .trainer import OctavoTrainer, Progress, StopOnInterrupt
 
 OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit", "adamw": "adamw_torch"}
@@ -47,6 +48,7 @@ class Outcome:
         steps: steps taken in all.
         interrupted: Ctrl-C stopped it; `--resume` goes on.
         trainable, total: numbers of parameters.
+        held_bytes: bytes of frozen 8-bit weights in this process: all, or its share under FSDP.
     """
 
     model: Any
@@ -57,6 +59,7 @@ class Outcome:
     interrupted: bool = False
     trainable: int = 0
     total: int = 0
+    held_bytes: int = 0
 
 
 def training_type(asked: str, device: torch.device) -> torch.dtype:
@@ -195,8 +198,13 @@ def finetune_model(
     prepare_for_training(model, gradient_checkpointing=recipe.gradient_checkpointing)
     model = add_adapters(model, recipe)
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    shard = sharding_asked()
+    if shard:
+        keep_accelerate_from_sharding()
     arguments = arguments_of(recipe, output, steps_of(recipe, len(train), processes), dtype, bool(held_out))
     arguments.eval_on_start = bool(held_out) and checkpoint is None
+    if shard:
+        shard_frozen(model, arguments.device)
     pad = next((token for token in _padding(tokenizer) if token is not None), 0)
     trainer = OctavoTrainer(
         model=model,
@@ -224,6 +232,7 @@ def finetune_model(
         outcome.before, outcome.after = evaluations[0], evaluations[-1]
     outcome.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     outcome.total = sum(parameter.numel() for parameter in model.parameters())
+    outcome.held_bytes = held_bytes(model)
     return outcome
 
 

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from .loss import IGNORED, language_model_loss
+from .sharding import data_parallel, is_sharded
 
 
 class OctavoTrainer(Trainer):
@@ -38,6 +39,18 @@ class OctavoTrainer(Trainer):
         processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
         loss = total * processes / count
         return (loss, {}) if return_outputs else loss
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        if not training or not is_sharded(model):
+            return super()._wrap_model(model, training, dataloader)
+        # accelerate wraps no model that holds shards. It prepares autocast; DDP is for the adapters.
+        self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return data_parallel(model)
+
+    def _move_model_to_device(self, model, device):
+        # FSDP2 has put the shards where they belong.
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Loss a token and perplexity over a data set, every token counted once whatever the batch size.
