@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-# Entries of logits widened to float32 or float64 at once: 64 or 128 MiB.
-CHUNK = 1 << 24
+# Entries of logits widened to float32 or float64 at once: 16 or 32 MiB.
+CHUNK = 1 << 22
 # Entries of the logits that a batch chosen by us holds at most: 512 MiB in float32.
 BATCH_ENTRIES = 1 << 27
 LARGEST_BATCH = 8
@@ -162,7 +162,9 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihoods of `targets` [n] under `logits` [n, vocabulary], float64 [n], in nats, on the CPU."""
     targets = targets.to(logits.device)
     found = [
-        torch.nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="none").double().cpu()
+        torch.nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="none")
+        .double()
+        .cpu()
         for part in row_chunks(*logits.shape)
     ]
     return torch.cat(found)

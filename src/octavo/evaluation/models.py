@@ -1,0 +1,60 @@
+"""The models that are measured, each as it is: a quantized one in 8 bits, a plain one plain.
+
+`octavo.load` quantizes a plain model while it loads, which is what a user wants and what a measurement must not do.
+
+    what `src` holds                                  how it is measured
+    Octavo's format, a published 8-bit checkpoint     by `octavo.load`
+    a plain model (safetensors, .bin)                 by transformers, in its own type
+    a GGUF file                                       de-quantized to float by transformers, not quantized again
+
+Example:
+    >>> model = load_as_it_is("some/model")  # doctest: +SKIP
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import OctavoConfig
+
+
+def load_as_it_is(
+    src: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    config: OctavoConfig | None = None,
+) -> Any:
+    """Load a model to be measured.
+
+    Args:
+        src: anything `octavo.load` takes.
+        dtype: type to compute in. Default: as `octavo.load` chooses: the model's own; float32 in place of float16 on a CPU.
+        device: Default: "cuda" if there is one, else "cpu".
+        config: quantize a plain model in this way while it loads.
+
+    Returns:
+        The transformers model, in evaluation mode.
+
+    Raises:
+        octavo.checkpoint.CheckpointError: as `octavo.load`.
+        ValueError: on an unknown type or device.
+    """
+    from ..checkpoint import open_source
+    from ..checkpoint.skeleton import model_class_of
+    from ..load import _dtype, _own_dtype, computing_type, load
+
+    with open_source(src) as source:
+        if config is None and source.kind not in ("octavo", "published"):
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if place.type == "cuda" and not torch.cuda.is_available():
+                raise ValueError(
+                    f"device {place}: this torch finds no GPU; leave --device out to use the CPU"
+                )
+            asked = _dtype(dtype) or computing_type(_own_dtype(source), place)
+            options = {"gguf_file": source.files[0].name} if source.kind == "gguf" else {}
+            model = model_class_of(source.model_config()).from_pretrained(
+                str(source.folder), dtype=asked, device_map={"": str(place)}, **options
+            )
+            return model.eval()
+    return load(src, dtype, device, config=config)

@@ -1,0 +1,161 @@
+"""The texts a model is measured on: files, and data sets of the Hugging Face hub.
+
+    what is given                                what it is
+    book.txt, any other text file                the whole file is one text
+    wikitext-2                                   the test split of WikiText-2, raw, as on the model card of the published checkpoints
+    ID[:CONFIGURATION[:SPLIT[:COLUMN]]]          a data set's rows, joined by an empty line into one text (SPLIT: test, COLUMN: text)
+
+Texts stay apart: no window reaches from one into the next.
+
+Example:
+    >>> texts = read_texts(["a.txt", "Salesforce/wikitext:wikitext-2-raw-v1:test"])  # doctest: +SKIP
+    >>> tokenize(texts, tokenizer)[0].ids.shape                                      # doctest: +SKIP
+    torch.Size([1043])
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# As transformers' page on perplexity, and after it most published figures, put the rows together.
+ROW_SEPARATOR = "\n\n"
+WIKITEXT_2 = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
+SHORT_NAMES = {"wikitext-2": WIKITEXT_2, "wikitext-2-raw": WIKITEXT_2, "wikitext-2-raw-v1": WIKITEXT_2}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it comes from."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as tokens.
+
+    Attributes:
+        name: where it comes from.
+        ids: int64 [tokens], a start token included where the tokenizer puts one.
+        words: words of the text, by white space.
+        bytes: bytes of the text in UTF-8.
+    """
+
+    name: str
+    ids: torch.Tensor
+    words: int
+    bytes: int
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are scored: all but the first."""
+        return len(self.ids) - 1
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens, so that two runs can tell whether they scored the same."""
+        return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def read_texts(sources: Sequence[str]) -> list[Text]:
+    """Read texts, in order.
+
+    Raises:
+        FileNotFoundError: if a name that looks like a file's does not exist.
+        ValueError: if a file is not UTF-8 text or is empty, or the hub does not give the data set.
+        ImportError: if a data set is asked for and `datasets` is not installed.
+    """
+    if not sources:
+        raise ValueError("--text: expected a text file or a data set's id")
+    return [_read(source) for source in sources]
+
+
+def _read(source: str) -> Text:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise ValueError(f"--text {source}: expected a text file, found a folder")
+    if not path.exists() and (path.suffix.lower() in (".txt", ".md", ".rst") or path.is_absolute()):
+        raise FileNotFoundError(f"--text {source}: no such file")
+    if not path.exists():
+        return _read_hub(source)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--text {source}: expected text in UTF-8, found byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
+    if not text.strip():
+        raise ValueError(f"--text {source}: the file is empty")
+    return Text(source, text)
+
+
+def _read_hub(source: str) -> Text:
+    spec = SHORT_NAMES.get(source, source)
+    name, configuration, split, column = (*spec.split(":"), "", "", "")[:4]
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"--text {source}: no such file; for a data set of the Hugging Face hub, `pip install datasets`"
+        ) from error
+    try:
+        table = load_dataset(name, configuration or None, split=split or "test")
+    except Exception as error:  # the hub's libraries raise classes of many families
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"--text {source}: no such file here, and the Hugging Face hub does not give a data set {name!r} "
+            f"(configuration {configuration or 'default'}, split {split or 'test'}): {reason}; give a text file, or "
+            "connect once to download it"
+        ) from error
+    column = column or "text"
+    if column not in table.column_names:
+        raise ValueError(
+            f"--text {source}: expected a column {column!r}, found {', '.join(table.column_names)}; name one: "
+            f"{name}:{configuration}:{split or 'test'}:COLUMN"
+        )
+    return Text(source, ROW_SEPARATOR.join(table[column]))
+
+
+def tokenize(texts: Sequence[Text], tokenizer: Any, limit: int | None = None) -> list[Tokens]:
+    """Tokenize texts, each by itself.
+
+    Args:
+        limit: keep only the first `limit` tokens in all; words and bytes are those of what is kept.
+
+    Raises:
+        ValueError: if a text has fewer than two tokens.
+    """
+    found: list[Tokens] = []
+    left = limit
+    for each in texts:
+        if left is not None and left < 2:
+            break
+        tokens = _tokenize(each, tokenizer, left)
+        found.append(tokens)
+        left = None if left is None else left - len(tokens.ids)
+    if not found:
+        raise ValueError(f"limit: expected at least 2 tokens, found {limit}")
+    return found
+
+
+def _tokenize(each: Text, tokenizer: Any, limit: int | None) -> Tokens:
+    # A tokenizer warns of texts longer than its model's context; the windows take care of that.
+    offsets = limit is not None and bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(each.text, verbose=False, **({"return_offsets_mapping": True} if offsets else {}))
+    ids = torch.as_tensor(encoded["input_ids"], dtype=torch.int64).reshape(-1)
+    if len(ids) < 2:
+        raise ValueError(f"--text {each.name}: fewer than two tokens: there is nothing to predict")
+    text = each.text
+    if limit is not None and len(ids) > limit:
+        ids = ids[:limit].clone()
+        text = (
+            text[: max(end for _, end in encoded["offset_mapping"][:limit])]
+            if offsets
+            else tokenizer.decode(ids, skip_special_tokens=True)
+        )
+    return Tokens(each.name, ids, len(text.split()), len(text.encode("utf-8")))
