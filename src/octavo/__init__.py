@@ -52,9 +52,12 @@ __all__ = [
 def __getattr__(name: str):
     # Each public name is imported when it is first asked for, so that `octavo --help` does not wait for torch.
     if name in _HOMES:
-        value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
-        globals()[name] = value
-        return value
+        module = _import_module(f".{_HOMES[name]}", __name__)
+        # All names of that home at once: the import itself binds `octavo.load` to the module of that name.
+        globals().update(
+            {each: getattr(module, each) for each, home in _HOMES.items() if home == _HOMES[name]}
+        )
+        return globals()[name]
     if name in {
         "ops",
         "codebook",
