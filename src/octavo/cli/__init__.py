@@ -11,8 +11,10 @@ import sys
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .doctor import doctor
+from .export import export
 from .finetune import finetune
 from .generate import generate
 from .inspect import inspect
@@ -30,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, generate, finetune, merge, plan, inspect, demo, doctor):
+for command in (quantize, generate, finetune, merge, plan, inspect, demo, export, doctor, bench):
     app.command()(command)
 
 

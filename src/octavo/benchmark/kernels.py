@@ -1,0 +1,116 @@
+"""One token through one matrix: weights a second, against the memory's bandwidth and PyTorch's own products.
+
+A token of a language model costs one read of every weight, so what a product can reach is set by the memory. Each function here
+goes through STREAM_BYTES of weights, as many copies of the matrix as that takes, so that they come from memory and not from a
+cache, as they do in a model larger than the caches.
+
+Example:
+    >>> from octavo.benchmark.kernels import linear
+    >>> found = linear(512, 512, "cpu", rounds=2, stream_bytes=1 << 20)
+    >>> found["weights_per_second"]["octavo"]["median"] > 0
+    True
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .. import codebook
+from ..ops import blocks_per_row
+from ..ops.cpu import native
+from ..quantizer import Packed
+from ..tensor import OctavoTensor
+from .timing import alternate, ratios, spread
+
+# Bytes that one measurement goes through, by device: several times the caches, within a fraction of the memory.
+STREAM_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+# Matrices to measure where no model tells: the projections of a model of 6 billion parameters, and of one of 1 billion.
+SHAPES = ((16384, 4096), (4096, 4096), (2048, 2048))
+BLOCK = 64
+
+
+def reading(device: torch.device, stream_bytes: int) -> Callable[[], object]:
+    """A function that reads `stream_bytes` of memory once: by the native kernels on a CPU, else as a sum in PyTorch."""
+    memory = torch.ones(stream_bytes // 8, dtype=torch.int64, device=device)
+    if device.type == "cpu" and native.AVAILABLE:
+        return lambda: native.library.read_through(memory.data_ptr(), stream_bytes, torch.get_num_threads())
+    return memory.sum
+
+
+def random_weight(rows: int, columns: int, block_size: int, device: torch.device) -> OctavoTensor:
+    """A quantized matrix of random bytes: the speed of a product does not depend on them."""
+    qdata = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, device=device)
+    absmax = torch.full((rows, blocks_per_row(columns, block_size)), 0.02, dtype=torch.float16, device=device)
+    return OctavoTensor.from_packed(
+        Packed(qdata, absmax, codebook.dynamic().to(device), block_size), torch.float32
+    )
+
+
+def _products(matrices: list[torch.Tensor], x: torch.Tensor) -> Callable[[], object]:
+    def run() -> None:
+        for matrix in matrices:
+            F.linear(x, matrix)
+
+    return run
+
+
+@torch.inference_mode()
+def linear(
+    rows: int,
+    columns: int,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    peers: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
+    block_size: int = BLOCK,
+    rounds: int = 20,
+    seconds: float = float("inf"),
+    stream_bytes: int | None = None,
+) -> dict:
+    """Octavo's product of one token and a [rows, columns] matrix, PyTorch's, and reading the memory, in turns.
+
+    Args:
+        dtype: of Octavo's input and output.
+        peers: types of PyTorch's products.
+        rounds, seconds: how often, and for how long at most; see `alternate`.
+        stream_bytes: what each function goes through in a round. Default: STREAM_BYTES.
+
+    Returns:
+        rows, columns, dtype, block_size, bytes (stored, of one matrix), rounds; `weights_per_second`: name → median, low, high,
+        for "octavo" and each peer; `faster_by`: the same of Octavo's speed over each peer's; `bandwidth`: bytes a second that
+        the memory delivered; `share`: of it that Octavo's kernels read.
+    """
+    device = torch.device(device)
+    stream_bytes = stream_bytes or STREAM_BYTES.get(device.type, STREAM_BYTES["cpu"])
+    weight = random_weight(rows, columns, block_size, device)
+    stored = weight.nbytes_stored
+    x = torch.randn(1, columns, device=device)
+    copies = {"octavo": math.ceil(stream_bytes / stored)}
+    own = [weight, *(weight.clone() for _ in range(copies["octavo"] - 1))]
+    functions = {"read": reading(device, stream_bytes), "octavo": _products(own, x.to(dtype))}
+    dense = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device)
+    for peer in peers:
+        name = str(peer).removeprefix("torch.")
+        copies[name] = math.ceil(stream_bytes / (rows * columns * peer.itemsize))
+        functions[name] = _products([dense.to(peer) for _ in range(copies[name])], x.to(peer))
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    found = alternate(functions, rounds, seconds=seconds, synchronize=synchronize)
+    # Seconds a matrix, and a byte of memory.
+    each = {name: [s / copies[name] for s in found[name]] for name in copies}
+    read = [s / stream_bytes for s in found["read"]]
+    return {
+        "rows": rows,
+        "columns": columns,
+        "dtype": str(dtype).removeprefix("torch."),
+        "block_size": block_size,
+        "bytes": stored,
+        "rounds": len(read),
+        "weights_per_second": {
+            name: spread([rows * columns / s for s in values]) for name, values in each.items()
+        },
+        "faster_by": {name: ratios(each[name], each["octavo"]) for name in each if name != "octavo"},
+        "bandwidth": spread([1 / s for s in read]),
+        "share": ratios([s * stored for s in read], each["octavo"]),
+    }

@@ -1,0 +1,88 @@
+"""Two engines, each in a process of its own, take turns; every round carries what disturbed it.
+
+Example:
+    >>> from octavo.benchmark.turns import take_turns
+    >>> found = take_turns({"octavo": a, "peer": b}, "decode", 32, rounds=5)  # doctest: +SKIP
+    >>> found["octavo"]                                                       # doctest: +SKIP   (tokens a second)
+    [36.1, 35.9, 36.0, 36.2, 35.8]
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+import psutil
+
+from .load import Meter, cpu_seconds, too_much
+from .process import Worker
+
+# A round whose memory delivers less than this share of the run's best is disturbed: by a neighbour that the counters do not show.
+SLOW_MEMORY = 0.85
+
+
+def take_turns(
+    workers: Mapping[str, Worker],
+    method: str,
+    tokens: int,
+    rounds: int,
+    *,
+    seconds: float = float("inf"),
+    extra: int = 0,
+    bandwidth: Callable[[], float] | None = None,
+) -> dict[str, list]:
+    """Tokens a second of each engine, round by round; every engine runs once before, unmeasured.
+
+    Args:
+        workers: name → engine.
+        method, tokens: what each is asked for.
+        rounds: how many undisturbed rounds are wanted.
+        seconds: begin no further round after this time, but finish at least one.
+        extra: at most so many rounds more, to make up for disturbed ones.
+        bandwidth: reads the memory once before each engine's turn and returns bytes a second.
+
+    Returns:
+        For each engine its tokens a second. For each round: "others" and "steal", cores that other work took; "waiting", cores
+        that the engines took whose turn it was not; "bandwidth", the least of the round (0 where it is not measured). See
+        `undisturbed`.
+    """
+    for worker in workers.values():
+        worker.ask(method, tokens=tokens)
+    processes = {name: psutil.Process(worker.pid) for name, worker in workers.items()}
+    meter = Meter(*(worker.pid for worker in workers.values()))
+    found: dict[str, list] = {name: [] for name in (*workers, "others", "steal", "waiting", "bandwidth")}
+    started = time.perf_counter()
+    for done in range(rounds + extra):
+        if done and time.perf_counter() - started > seconds:
+            break
+        if done >= rounds and sum(undisturbed(found)) >= rounds:
+            break
+        meter.since()
+        waiting = elapsed = 0.0
+        speeds = []
+        for name, worker in workers.items():
+            if bandwidth is not None:
+                speeds.append(bandwidth())
+            others = [process for other, process in processes.items() if other != name]
+            before = sum(map(cpu_seconds, others))
+            took = worker.ask(method, tokens=tokens)
+            waiting += sum(map(cpu_seconds, others)) - before
+            elapsed += took
+            found[name].append(tokens / took)
+        disturbance = meter.since()
+        found["others"].append(disturbance["others"])
+        found["steal"].append(disturbance["steal"])
+        found["waiting"].append(waiting / elapsed)
+        found["bandwidth"].append(min(speeds, default=0.0))
+    return found
+
+
+def undisturbed(found: dict[str, list], best_bandwidth: float | None = None) -> list[bool]:
+    """Which rounds of `take_turns` can be trusted.
+
+    Args:
+        best_bandwidth: the most that the memory delivered in the whole run. Default: in these rounds.
+    """
+    best = best_bandwidth or max(found["bandwidth"], default=0.0)
+    return [
+        not too_much(others + steal) and bandwidth >= SLOW_MEMORY * best
+        for others, steal, bandwidth in zip(found["others"], found["steal"], found["bandwidth"], strict=True)
+    ]
