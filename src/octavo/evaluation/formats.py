@@ -80,18 +80,19 @@ class Format:
     title: str
     encode: Callable[[torch.Tensor], Encoded]
 
-    def __call__(self, weight: torch.Tensor, transposed: bool = False) -> Encoded:
+    def __call__(self, weight: torch.Tensor, transposed: bool = False, name: str = "weight") -> Encoded:
         """What is left of a weight, and the bytes it takes.
 
         Args:
             weight: float [..., N, K], or [..., K, N] with `transposed` (Conv1D), on any device.
+            name: the parameter's name, for errors.
 
         Raises:
-            ValueError: if the weight holds NaN or infinity.
+            ValueError: if the weight holds NaN or infinity, naming it.
         """
         stored = weight.detach().float()
         if not torch.isfinite(stored).all():
-            raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
+            raise ValueError(f"{name} holds NaN or infinity: no format can hold it. Check the checkpoint")
         decoded, nbytes = self.encode((stored.mT if transposed else stored).contiguous())
         return Encoded(decoded.mT if transposed else decoded, nbytes)
 
