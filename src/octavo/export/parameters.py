@@ -1,0 +1,151 @@
+"""The parameters of a checkpoint, whatever its kind, as float32 rows.
+
+Rows are outputs: what the model holds transposed (`Conv1D`) is read as [out, in]. A matrix in 8 bits is de-quantized
+only where it is asked for, so memory holds some rows, not a matrix. Low-rank adapters inside published
+checkpoints are added to their weights.
+
+Example:
+    >>> with open_source("model-8bit") as source:  # doctest: +SKIP
+    ...     parameters = Parameters(source, build_skeleton(source.model_config()))
+    ...     parameters.rows("lm_head.weight", torch.arange(4)).shape
+    torch.Size([4, 576])
+"""
+
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..checkpoint import CheckpointError, Source
+from ..checkpoint.adapters import is_embedding_adapter
+from ..checkpoint.names import Group, map_names, model_names
+from ..config import stored_block_size
+from ..model import holds_transpose
+from ..tensor import SUFFIXES
+
+
+class Parameters:
+    """What `source` holds of `model`.
+
+    Args:
+        source: an open checkpoint of any kind.
+        model: its model, on the meta device.
+
+    Raises:
+        CheckpointError: if a parameter of the model is not in the checkpoint.
+    """
+
+    def __init__(self, source: Source, model: Any):
+        self.source, self.model = source, model
+        self._packed: dict[str, str] = {}  # parameter → its name in the file, where it is in 8 bits there
+        self._plain: dict[str, str] = {}
+        self._groups: dict[str, Group] = {}
+        self._kept: tuple[str, torch.Tensor] | None = None
+        if source.kind == "octavo":
+            self._map_octavo()
+        else:
+            self._groups = {
+                name: group for group in map_names(model, source).groups for name in group.outputs
+            }
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        known = {*self._packed, *self._plain, *self._groups}
+        self._homes: dict[str, str] = {}
+        for name in parameters:
+            # Under another name than its own where weights are tied.
+            partners = [tied.get(name), *(alias for alias, first in tied.items() if first == name)]
+            home = next((each for each in (name, *partners) if each in known), None)
+            if home is None:
+                raise CheckpointError(
+                    f"{source.folder}: {name} is not in the checkpoint; config.json belongs to another model, or files "
+                    "are missing"
+                )
+            self._homes[name] = home
+
+    def _map_octavo(self) -> None:
+        tensors = self.source.tensors
+        stored = [
+            name.removesuffix("_qdata")
+            for name in tensors
+            if not (name.endswith(("_absmax", "_code")) and f"{name.rpartition('_')[0]}_qdata" in tensors)
+        ]
+        for ours, theirs in model_names(stored, self.model).items():
+            (self._packed if f"{ours}_qdata" in tensors else self._plain)[theirs] = ours
+
+    @property
+    def names(self) -> list[str]:
+        """The model's parameters; of those tied to each other, the first."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape with outputs as rows: [n], [out, in], or [experts, out, in]."""
+        shape = tuple(self.model.get_parameter(name).shape)
+        return (*shape[:-2], shape[-1], shape[-2]) if self._transposed(name) else shape
+
+    def _transposed(self, name: str) -> bool:
+        parameter = self.model.get_parameter(name)
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return parameter.dim() > 1 and holds_transpose(module)
+
+    def rows(self, name: str, index: torch.Tensor, matrix: int = 0) -> torch.Tensor:
+        """Rows of a matrix, or entries of a vector.
+
+        Args:
+            name: the parameter.
+            index: int64 [n], which rows.
+            matrix: which matrix of a stack (experts).
+
+        Returns:
+            float32 [n, in], or [n] for a vector.
+        """
+        home = self._homes[name]
+        if home in self._packed:
+            values = self._dequantized(self._packed[home], index, matrix)
+        else:
+            values = self._float(home)
+            if values.dim() == 3:
+                values = values[matrix]
+            if self._transposed(name):
+                values = values.mT
+            values = values[index].to(torch.float32)
+        return self._adapted(home, index, values)
+
+    def _dequantized(self, stored: str, index: torch.Tensor, matrix: int) -> torch.Tensor:
+        qdata, absmax, code = (self.source.read(f"{stored}_{suffix}") for suffix in SUFFIXES)
+        if qdata.dim() == 3:
+            qdata, absmax, code = qdata[matrix], absmax[matrix], code[matrix]
+        block_size = stored_block_size(qdata.shape[-1], absmax.shape[-1], self._configured_block_size())
+        return ops.dequantize(qdata[index], absmax[index], code, block_size, torch.float32)
+
+    def _configured_block_size(self) -> int:
+        return int(self.source.config["quantization_config"].get("block_size") or 64)
+
+    def _float(self, home: str) -> torch.Tensor:
+        """A parameter that is not packed. The last one is kept: its rows are asked for panel by panel."""
+        if self._kept is None or self._kept[0] != home:
+            if home in self._plain:
+                value = self.source.read(self._plain[home])
+            else:
+                value = self._groups[home].realize(self.model, self.source.read)[home]
+            self._kept = (home, value)
+        return self._kept[1]
+
+    def _adapted(self, home: str, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """`values` with the published adapter of their module, if it has one, added: scaling is 1."""
+        sides = self.source.adapters.get(home.removesuffix(".weight"))
+        if sides is None:
+            return values
+        down, up = (side.to(torch.float32) for side in sides)
+        delta = down[index] @ up.T if is_embedding_adapter(down, up) else up[index] @ down
+        return values + delta
+
+    def release(self, name: str) -> None:
+        """Let go of a parameter's memory."""
+        home = self._homes[name]
+        self._kept = None
+        if home in self._packed:
+            stored = [f"{self._packed[home]}_{suffix}" for suffix in SUFFIXES]
+        else:
+            stored = [self._plain[home]] if home in self._plain else self._groups[home].source_names
+        for each in stored:
+            self.source.release(each)
