@@ -118,3 +118,16 @@ def test_export(device):
     exported = torch.export.export(layer, (x,))
     assert any("octavo.linear" in str(node.target) for node in exported.graph.nodes)
     assert relative_error(exported.module()(x), layer(x)) < 1e-5
+
+
+def test_the_key_of_a_compiled_graph_is_the_layout_and_not_the_values():
+    weight = torch.randn(16, 128)
+    same = OctavoTensor.from_float(weight), OctavoTensor.from_float(weight * 3)
+    others = [
+        OctavoTensor.from_float(weight, octavo.OctavoConfig(block_size=32)),
+        OctavoTensor.from_float(weight, dtype=torch.bfloat16),
+        OctavoTensor.from_float(weight.t().contiguous(), transposed=True),
+        OctavoTensor.from_float(torch.randn(16, 192)),
+    ]
+    assert len({each._stable_hash_for_caching() for each in same}) == 1
+    assert len({each._stable_hash_for_caching() for each in (same[0], *others)}) == 1 + len(others)

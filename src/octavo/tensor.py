@@ -241,6 +241,14 @@ class OctavoTensor(torch.Tensor):
     def __tensor_unflatten__(cls, tensors, context, outer_size=None, outer_stride=None):
         return cls(*(tensors[name] for name in SUFFIXES), *context)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What `torch.compile` files a compiled graph under: all that the graph depends on, which is not the values."""
+        parts = [
+            (part.shape, part.stride(), part.dtype, part.device)
+            for part in (self.qdata, self.absmax, self.code)
+        ]
+        return repr((type(self).__name__, self.shape, parts, self.__tensor_flatten__()[1]))
+
     def requires_grad_(self, requires_grad: bool = True) -> "OctavoTensor":
         # `nn.Parameter(weight)` asks for a gradient only because that is its default (PEFT's DoRA wraps a weight that way to
         # transpose it): the parameter is made, and is frozen.
