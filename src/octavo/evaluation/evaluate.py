@@ -27,7 +27,7 @@ from ..config import OctavoConfig
 from . import statistics
 from .divergence import Divergence, token_divergence
 from .logits import About, LogitsReader, LogitsWriter
-from .models import load_as_it_is
+from .models import load_as_it_is, stored_bits
 from .perplexity import Perplexity
 from .scoring import check_causal, choose_window, scored, token_nll, window_sizes
 from .texts import Tokens, read_texts, tokenize
@@ -101,7 +101,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse", if the test tells them apart at 5 %; "indistinguishable" if not; "undecided" on too short a text."""
+        """What the test says at 5 %: "better", "worse", "indistinguishable"; "undecided" on too short a text."""
         if self.p_value is None:
             return "undecided"
         if self.p_value >= SIGNIFICANT:
@@ -169,6 +169,7 @@ class Evaluation:
             "stride": result.stride,
             "protocol": result.protocol,
             "texts": [text.name for text in self.measured.tokens],
+            "tokens_sha256": [text.digest for text in self.measured.tokens],
             "dtype": self.measured.dtype,
             "device": self.measured.device,
             "bits_per_weight": self.bits_per_weight,
@@ -242,7 +243,8 @@ def measure(
         save: a file to keep the predictions in.
 
     Raises:
-        ValueError: if `base` is of other tokens, windows or another vocabulary, or is damaged; if the model's logits are no numbers.
+        ValueError: if `base` is of other tokens, windows or another vocabulary, or is damaged; if the model's logits are
+            no numbers.
     """
     check_causal(model)
     if base is not None:
@@ -347,6 +349,7 @@ def evaluate(
         raise ValueError(
             "--logits and --save-logits: give one of them: the base's predictions are in a file already"
         )
+    bits = stored_bits(model) if config is None else None
     saved = LogitsReader(logits) if logits is not None else None
     if saved is not None:
         window, stride = window or saved.about.window, stride or saved.about.stride
@@ -380,7 +383,7 @@ def evaluate(
         comparison = compare_with(measured, saved, seed) if saved is not None else None
         del saved
     interval = statistics.interval(measured.nll.numpy(), measured.sizes, seed)
-    return Evaluation(str(model), measured, interval, comparison, seed)
+    return Evaluation(str(model), measured, interval, comparison, seed, bits)
 
 
 def free() -> None:

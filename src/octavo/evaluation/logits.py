@@ -1,9 +1,9 @@
 """A model's predictions over a text in a file, so that another model can be compared without both in memory.
 
-The predictions for one token are as many numbers as the vocabulary has entries; for 287,645 tokens of WikiText-2 and GPT-J's
-50,400 that is 58 GB in float32. Almost all models make them by one product: logits = head(state). So what is kept is
-the state that the head was given (4,096 numbers, in the type the model computed in) and the head's matrix, once: 4.7 GB, and the same
-product gives the same logits again. Whether it does is checked on the first window; where it does not (a model that bends its
+The predictions for one token are as many numbers as the vocabulary has entries: for 290,000 tokens and GPT-J's vocabulary
+of 50,400, 58 GB in float32. Almost all models make them by one product: logits = head(state). So what is kept is the state
+that the head was given (4,096 numbers, in the type the model computed in) and the head's matrix, once: 5.6 GB, and the
+same product gives the same logits again. Whether it does is checked on the first window; where not (a model that bends its
 logits afterwards), or where the vocabulary is the smaller, the logits are kept as the model gave them.
 
 A safetensors file, written row by row:
@@ -41,8 +41,8 @@ from .texts import Tokens
 FORMAT = "octavo-logits"
 VERSION = 1
 FLOATS = {torch.float32, torch.float16, torch.bfloat16}
-# Rows of the first window on which the head's product is compared with the model's logits, and how far they may be apart, as a share
-# of the largest: float32's rounding, with room for another order of summation.
+# Rows of the first window on which the head's product is compared with the model's logits, and how far they may be apart, as a
+# share of the largest: float32's rounding, with room for another order of summation.
 CHECKED_ROWS = 64
 ALIKE = 1e-5
 # How far a token's likelihood from the file may be from the one that was written beside it, in nats.

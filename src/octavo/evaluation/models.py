@@ -58,3 +58,14 @@ def load_as_it_is(
             )
             return model.eval()
     return load(src, dtype, device, config=config)
+
+
+def stored_bits(src: str | Path) -> float:
+    """Stored bits a weight: of the matrices in 8 bits, scales and codebooks included; of a plain model, of all its matrices."""
+    from ..checkpoint.report import report
+
+    found = report(src)
+    if found.quantized:
+        return found.bits_per_weight
+    matrices = [item for item in found.items if len(item.shape) > 1]
+    return 8 * sum(item.nbytes for item in matrices) / max(sum(item.weights for item in matrices), 1)

@@ -31,7 +31,8 @@ class Scored:
     Attributes:
         first, stop: the tokens predicted are those of the text from `first` to before `stop`.
         logits: [stop - first, vocabulary], in the model's type, on its device.
-        states: [stop - first, width], what the output head was given; None unless asked for, or where the model has no head module.
+        states: [stop - first, width], what the output head was given; None unless asked for, or where the
+            model has no head module.
     """
 
     first: int

@@ -2,8 +2,9 @@
 
     what is given                                what it is
     book.txt, any other text file                the whole file is one text
-    wikitext-2                                   the test split of WikiText-2, raw, as on the model card of the published checkpoints
-    ID[:CONFIGURATION[:SPLIT[:COLUMN]]]          a data set's rows, joined by an empty line into one text (SPLIT: test, COLUMN: text)
+    wikitext-2                                   the test split of WikiText-2, raw: what the model card measured
+    ID[:CONFIGURATION[:SPLIT[:COLUMN]]]          a data set's rows as one text, an empty line between (SPLIT: test,
+                                                 COLUMN: text)
 
 Texts stay apart: no window reaches from one into the next.
 
