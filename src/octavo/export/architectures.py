@@ -148,14 +148,13 @@ class Architecture:
                 key = f"blk.{layer}.ffn_{part}_exps.weight"
                 yield Target(key, name, (shape[0], half, shape[2]), order)
             return
-        key = names.get_name(name, try_suffixes=SUFFIXES)
-        if key is None:
+        known = names.get_name(name, try_suffixes=SUFFIXES)
+        if known is None:
             raise ValueError(
                 f"{name}: llama.cpp's architecture {self.arch.name.lower()!r} has no place for this parameter, so this "
                 f"{type(config).__name__} cannot be exported"
             )
-        if not key.endswith(SUFFIXES):
-            key += ".weight"
+        key = known if known.endswith(SUFFIXES) else f"{known}.weight"
         yield Target(key, name, shape, self.order(name, config), self.shift(name))
 
 
@@ -274,7 +273,8 @@ class GptJ(Phi):
     def order(self, name: str, config: Any) -> torch.Tensor | None:
         if not name.endswith(("q_proj.weight", "k_proj.weight")):
             return None
-        heads, size, rotated = config.num_attention_heads, head_size(config), self.rotary_dimensions(config)
+        heads, size = config.num_attention_heads, head_size(config)
+        rotated = config.rotary_dim or size
         head = torch.cat(
             [torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, size)]
         )
