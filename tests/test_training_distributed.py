@@ -89,7 +89,7 @@ def options(folder: Path, batch_size: int, output: str) -> list[str]:
         "gradient_accumulation": 2,
         "learning_rate": 5e-3,
         "evaluations": 1,
-        "lora_targets": "all-linear",
+        "lora_targets": "all",
     }
     words = [str(folder / "model"), "--train-norms"]
     for name, value in given.items():

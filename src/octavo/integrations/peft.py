@@ -71,5 +71,7 @@ def keep_frozen_out_of_adapters(model: Any) -> None:
 
 def _drop_frozen_weight(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     # PEFT calls the layer that it wraps `base_layer`; under any other name the weight is a part of the model.
-    if prefix.endswith("base_layer.") and isinstance(getattr(module, "weight", None), OctavoTensor):
+    weight = getattr(module, "weight", None)
+    # Under FSDP2 a weight is a DTensor around this process's share.
+    if prefix.endswith("base_layer.") and isinstance(getattr(weight, "_local_tensor", weight), OctavoTensor):
         state.pop(f"{prefix}weight", None)

@@ -1,7 +1,8 @@
 """FSDP2 for fine-tuning: the frozen bytes are shared out over the processes, the adapters are whole in each.
 
 `accelerate launch --use_fsdp --fsdp_version 2 -m octavo finetune ...` asks for it. accelerate itself shards on
-accelerators only (on CPUs it silently runs DDP), and would shard the adapters too; so Octavo does it, in the same way on every device:
+accelerators only (on CPUs it silently runs DDP), and would shard the adapters too; so Octavo does it, in the same way
+on every device:
 
 - `fully_shard` (torch) cuts the frozen parameters of each layer, and those outside the layers. A layer's bytes are gathered
   before it runs and freed after it (`octavo.integrations.distributed`).
@@ -116,4 +117,4 @@ def data_parallel(model: nn.Module) -> nn.Module:
         if not parameter.requires_grad
     ]
     setattr(model, IGNORED, sorted(frozen))
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model)
