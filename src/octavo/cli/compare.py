@@ -7,6 +7,7 @@ import typer
 
 # Those of `octavo.evaluation.formats.USUAL`, which is not imported for `--help` (a test holds them together).
 USUAL = "published,fitted-4096,fitted-128,fitted-64,fitted-32,int8-row,q8_0,bfloat16"
+TABLE_WIDTH = 124
 
 
 def compare(
@@ -155,12 +156,20 @@ def _write(found: Any, output: Path) -> None:
 
 def _show(found: Any) -> None:
     """The table, what it tells, and how it was measured."""
+    import math
+
     from rich.console import Console
     from rich.table import Table
 
-    from octavo.evaluation.evaluate import exp_interval, percent
+    from octavo.evaluation.evaluate import exp_interval
 
     console = Console(highlight=False)
+    # A figure cut short would be worse than a line that the terminal wraps.
+    console.width = max(console.width, TABLE_WIDTH)
+
+    def percent(nats: float) -> str:
+        return f"{100 * math.expm1(nats):+.3f}"
+
     base = found.base.perplexity
     between = exp_interval(found.interval)
     console.print(
@@ -170,15 +179,15 @@ def _show(found: Any) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("format")
-    titles = ("bits", "MB", "weight error", "perplexity", "change (95 % interval)")
+    table.add_column("format", no_wrap=True)
+    titles = ("bits", "MB", "weight error", "perplexity", "change, % (95 % interval)")
     for title in (*titles, "p", "KL mean", "KL p99", "same top token"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for row in found.rows:
         difference, divergence = row.comparison.difference, row.comparison.divergence
         change = percent(difference.mean)
         if difference.low is not None:
-            change = f"{change} ({percent(difference.low)[:-2]} to {percent(difference.high)[:-2]})"
+            change = f"{change} ({percent(difference.low)} to {percent(difference.high)})"
         table.add_row(
             row.format.name,
             f"{row.bits_per_weight:.3f}",
@@ -194,8 +203,8 @@ def _show(found: Any) -> None:
     console.print(table)
     console.print(f"\n{found.sentence}", soft_wrap=True)
     console.print(
-        f"Protocol: {base.protocol}; texts: {', '.join(text.name for text in found.base.tokens)}; compared in {found.base.dtype}, "
-        f"paired over {found.interval.units} units (each a {found.interval.unit}).",
+        f"Protocol: {base.protocol}; texts: {', '.join(text.name for text in found.base.tokens)}; in "
+        f"{found.base.dtype}; paired over {found.interval.units} units (each a {found.interval.unit}).",
         style="dim",
         soft_wrap=True,
     )

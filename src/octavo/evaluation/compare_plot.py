@@ -50,7 +50,7 @@ def draw(found: FormatComparison, path: Path) -> None:
         style = styles[row.format.name]
         if row in points:
             _point(above, row.bits_per_weight, row.kl_mean, row.kl_interval, row.format.title, style)
-            _point(below, row.bits_per_weight, *_change(row), row.format.title, style)
+            _point(below, row.bits_per_weight, *_change(row), None, style)
         elif row.kl_mean > 0:
             label = f"{row.format.title} ({row.bits_per_weight:.0f} bits)"
             above.axhline(row.kl_mean, color=style[0], linestyle="--", linewidth=1.2, label=label)
@@ -87,7 +87,7 @@ def _change(row: Row) -> tuple[float, tuple[float, float] | None]:
     return 100 * math.expm1(difference.mean), interval
 
 
-def _point(axes, x: float, y: float, interval: tuple[float, float] | None, label: str, style) -> None:
+def _point(axes, x: float, y: float, interval: tuple[float, float] | None, label: str | None, style) -> None:
     color, marker = style
     # Percentile intervals need not hold the mean itself.
     spread = None if interval is None else [[max(y - interval[0], 0.0)], [max(interval[1] - y, 0.0)]]
