@@ -2,27 +2,32 @@
 
     python -m benchmarks.cpu kernels                      # one matrix at a time
     python -m benchmarks.cpu models --shape 1b            # whole models; needs 20 GB of disk and memory
+    python -m benchmarks.cpu models --shape smollm2-135m
     python -m benchmarks.cpu models --shape tiny --rounds 1 --decode 4 --prefill 16
 
 `models` writes a checkpoint of random weights once (--folder), then starts Octavo and one peer after another, each in a process
-of its own, and lets Octavo and the peer take turns: the ratio of a round compares two measurements a second apart. Peers that are
-not installed are listed and left out. Results go to benchmarks/results/ as JSON and a plot, named after the processor.
+of its own, and lets Octavo and the peer take turns: the ratio of a round compares two measurements a second apart. Rounds that
+other work disturbed are repeated, up to twice as many in all, and marked. Peers that are not installed are listed and left out.
+Results go to benchmarks/results/ as JSON and a plot, named after the processor; docs/BENCHMARKS.md tells how to read them.
 """
 
 import argparse
-import json
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from octavo.benchmark.kernels import reading
+from octavo.benchmark.process import Worker
+from octavo.benchmark.turns import take_turns
+
 from . import cpu_kernels
 from .cpu_engines import ENGINES, SHAPES
-from .cpu_report import RESULTS, bars, file_stem, machine, save, spread, table
+from .cpu_report import RESULTS, file_stem, machine, save, show_models
 
 NEEDS = {
     "llama.cpp": "llama_cpp",
@@ -33,75 +38,51 @@ NEEDS = {
 }
 # The published way takes seconds a token: fewer of them, and a shorter prefill would measure something else.
 SLOW = {"bnb-published"}
+# What is read before each turn to see whether the memory is disturbed; several times the caches of a small server's share.
+READ_BYTES = 128 << 20
 
 
-class Worker:
-    """An engine in a process of its own; see `benchmarks.cpu_worker`."""
-
-    def __init__(self, name: str, folder: Path, threads: int):
-        self.name = name
-        command = [sys.executable, "-m", "benchmarks.cpu_worker", name, str(folder), str(threads)]
-        # To a file: a full pipe would stop the worker.
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the worker)
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
-        self.ready = self._answer()["ready"]
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            self.errors.seek(0)
-            raise RuntimeError(f"{self.name} ended: {self.errors.read()[-500:]}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(f"{self.name}: {answer['error']}")
-        return answer
-
-    def ask(self, **request) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.stdin.close()
-            try:
-                self.process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+def start(name: str, folder: Path) -> Worker:
+    """An engine of `benchmarks.cpu_engines` in a process of its own."""
+    return Worker("benchmarks.cpu_engines:make", torch.get_num_threads(), name=name, folder=str(folder))
 
 
-def measure(worker: Worker, what: str, tokens: int) -> float:
-    """Tokens a second."""
-    return tokens / worker.ask(do=what, tokens=tokens)["seconds"]
+def memory_speed() -> Callable[[], float]:
+    """A function that reads the memory now: bytes a second, the best of three passes."""
+    read = reading(torch.device("cpu"), READ_BYTES)
+
+    def speed() -> float:
+        best = float("inf")
+        for _ in range(3):
+            started = time.perf_counter()
+            read()
+            best = min(best, time.perf_counter() - started)
+        return READ_BYTES / best
+
+    return speed
 
 
 def compare(octavo: Worker, name: str, folder: Path, options: argparse.Namespace) -> dict:
-    """One peer and Octavo in turns: tokens a second of both in every round."""
-    peer = Worker(name, folder, torch.get_num_threads())
+    """One peer and Octavo in turns: what `take_turns` gives for decoding and prefill, and the peer's memory."""
     slow = name in SLOW
-    try:
+    with start(name, folder) as peer:
         found: dict = {"ready": peer.ready}
         for what, tokens, rounds in (
             ("decode", 4 if slow else options.decode, 2 if slow else options.rounds),
             ("prefill", options.prefill, 1 if slow else max(1, options.rounds // 2)),
         ):
-            # Once each unmeasured: compilation, packing, first touches of memory.
-            measure(octavo, what, tokens)
-            measure(peer, what, tokens)
-            pairs = [(measure(octavo, what, tokens), measure(peer, what, tokens)) for _ in range(rounds)]
-            found[what] = {"octavo": [a for a, _ in pairs], "peer": [b for _, b in pairs]}
-        found["peak_bytes"] = peer.ask(do="memory")["bytes"]
+            workers = {"octavo": octavo, "peer": peer}
+            found[what] = take_turns(
+                workers, what, tokens, rounds, extra=0 if slow else rounds, bandwidth=options.memory_speed
+            )
+        found["peak_bytes"] = peer.ask("peak_memory")
         return found
-    finally:
-        peer.close()
 
 
 def run_models(options: argparse.Namespace) -> dict:
     folder = options.folder / options.shape
     _prepare(options.shape, folder)
+    options.memory_speed = memory_speed()
     wanted = [name for name in options.engines or ENGINES if name != "octavo"]
     missing = [name for name in wanted if name in NEEDS and find_spec(NEEDS[name]) is None]
     result: dict = {
@@ -113,8 +94,7 @@ def run_models(options: argparse.Namespace) -> dict:
         "failed": {},
         "peers": {},
     }
-    octavo = Worker("octavo", folder, torch.get_num_threads())
-    try:
+    with start("octavo", folder) as octavo:
         result["octavo"] = {"ready": octavo.ready}
         for name in wanted:
             if name in missing:
@@ -122,12 +102,10 @@ def run_models(options: argparse.Namespace) -> dict:
             print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
             try:
                 result["peers"][name] = compare(octavo, name, folder, options)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError, OSError, ImportError) as error:
                 result["failed"][name] = str(error)
             save(f"models-{options.shape}", result, options.results)
-        result["octavo"]["peak_bytes"] = octavo.ask(do="memory")["bytes"]
-    finally:
-        octavo.close()
+        result["octavo"]["peak_bytes"] = octavo.ask("peak_memory")
     return result
 
 
@@ -144,59 +122,6 @@ def _prepare(shape: str, folder: Path) -> None:
     gguf = str(folder / "model.gguf")
     subprocess.run([sys.executable, "-c", code.format("cpu_gguf", "write_gguf"), shape, gguf], check=True)
     done.touch()
-
-
-def show_models(result: dict) -> None:
-    rows, groups = [], {"decode": {}, "prefill": {}}
-    own: dict[str, list[float]] = {"decode": [], "prefill": []}
-    for name, found in result["peers"].items():
-        cells = [name]
-        for what in ("decode", "prefill"):
-            mine, theirs = found[what]["octavo"], found[what]["peer"]
-            own[what] += mine
-            ratio = spread([a / b for a, b in zip(mine, theirs, strict=True)])
-            groups[what][name] = spread(theirs)["median"]
-            cells += [
-                f"{spread(theirs)['median']:.2f}",
-                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
-            ]
-        rows.append([*cells, f"{found['peak_bytes'] / 2**30:.2f}", f"{found['ready']:.1f}"])
-    if not rows:
-        return
-    for what, values in own.items():
-        groups[what]["octavo"] = spread(values)["median"]
-    mine = result["octavo"]
-    rows.insert(
-        0,
-        [
-            "octavo",
-            f"{groups['decode']['octavo']:.2f}",
-            "1",
-            f"{groups['prefill']['octavo']:.2f}",
-            "1",
-            f"{mine['peak_bytes'] / 2**30:.2f}",
-            f"{mine['ready']:.1f}",
-        ],
-    )
-    shape = next(iter(result["shape"]))
-    table(
-        f"{shape}, {result['machine']['processor']}, {result['machine']['threads']} threads",
-        [
-            "",
-            "decode tok/s",
-            "octavo is faster by",
-            "prefill tok/s",
-            "octavo is faster by",
-            "peak GiB",
-            "ready s",
-        ],
-        rows,
-    )
-    for name, why in result["failed"].items():
-        print(f"failed: {name}: {why}")
-    if result["missing"]:
-        print("not installed:", ", ".join(result["missing"]))
-    bars(f"models-{shape}", groups, "tokens/s", Path(result["folder"]))
 
 
 def main() -> None:
@@ -226,15 +151,9 @@ def main() -> None:
         print("written to", save("kernels", result, options.results))
         return
     result = run_models(options)
-    result["folder"] = str(options.results)
-    show_models(result)
-    del result["folder"]
-    print(
-        "written to",
-        save(f"models-{options.shape}", result, options.results),
-        "and",
-        file_stem(f"models-{options.shape}") + ".png",
-    )
+    kind = f"models-{options.shape}"
+    show_models(result, options.results)
+    print("written to", save(kind, result, options.results), "and", file_stem(kind) + ".png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 An engine is made from the files `prepare` wrote, and then answers `prefill(n)`, one pass over n tokens with the logits of the
 last, and `decode(n)`, n tokens one at a time after a prompt of PROMPT tokens. Both return seconds. All but llama.cpp run the same
-transformers model through the same loop.
+transformers model through the same loop, that of `octavo bench` (`octavo.benchmark.models`).
 
 Example:
     >>> from benchmarks.cpu_engines import ENGINES
@@ -10,13 +10,14 @@ Example:
     ['bnb-int8', 'bnb-published', 'llama.cpp']
 """
 
-import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-PROMPT = 8
+from octavo.benchmark import models
+from octavo.benchmark.models import PROMPT
 
 # Decoder shapes; "1b" has 1.17 billion weights, the others are for small machines and for trying the benchmark itself.
 SHAPES = {
@@ -77,32 +78,22 @@ class Transformers:
 
     def __init__(self, folder: Path):
         self.model = self.load(folder).eval()
-        self.vocabulary = self.model.config.vocab_size
 
-    def load(self, folder: Path):
+    def load(self, folder: Path) -> Any:
         raise NotImplementedError
 
-    def cache(self):
+    def cache(self) -> Any:
+        """An empty cache, where the model is to be given one."""
         return None
 
-    def step(self, ids, cache):
-        return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def step(self, model: Any, ids: torch.Tensor, past: Any) -> Any:
+        return models.step(model, ids, past)
 
-    @torch.inference_mode()
     def prefill(self, tokens: int) -> float:
-        ids = torch.randint(0, self.vocabulary, (1, tokens))
-        cache = self.cache()
-        start = time.perf_counter()
-        self.step(ids, cache)
-        return time.perf_counter() - start
+        return models.prefill(self.model, tokens, self.cache(), self.step)
 
-    @torch.inference_mode()
     def decode(self, tokens: int) -> float:
-        out = self.step(torch.randint(0, self.vocabulary, (1, PROMPT)), self.cache())
-        start = time.perf_counter()
-        for _ in range(tokens):
-            out = self.step(out.logits[:, -1:].argmax(-1), out.past_key_values)
-        return time.perf_counter() - start
+        return models.decode(self.model, tokens, self.cache(), self.step)
 
 
 def _load_dense(folder: Path, **options):
@@ -189,8 +180,8 @@ class TorchAo(Transformers):
 
         return StaticCache(config=self.model.config, max_cache_len=1024)
 
-    def step(self, ids, cache):
-        return self.compiled(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def step(self, model, ids, past):
+        return self.compiled(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
 
 
 class LlamaCpp:
@@ -241,9 +232,6 @@ ENGINES = {
 }
 
 
-def peak_memory() -> int:
-    """Bytes: the most this process has held so far, files mapped into it included."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no VmHWM in /proc/{os.getpid()}/status: peak memory is measured on Linux only")
+def make(name: str, folder: str) -> Transformers | LlamaCpp:
+    """The engine of that name, for `octavo.benchmark.process.Worker`."""
+    return ENGINES[name](Path(folder))

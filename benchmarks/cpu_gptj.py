@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import save_file
 
 from octavo import codebook
+from octavo.benchmark.timing import spread
+from octavo.benchmark.turns import take_turns, undisturbed
 from octavo.ops import blocks_per_row
 
-from .cpu import Worker
-from .cpu_report import RESULTS, machine, save, spread, table
+from .cpu import memory_speed, start
+from .cpu_report import RESULTS, chosen, machine, save, table
 
 BLOCK, PUBLISHED_BLOCK = 64, 4096
 SHARD_BYTES = 1 << 30
@@ -130,16 +132,12 @@ def main() -> None:
         with file.open("rb") as opened:
             while part := opened.read(1 << 26):
                 size += len(part)
-    worker = Worker("octavo", folder, options.threads)
-    try:
-        worker.ask(do="decode", tokens=2)
-        rates = [
-            options.decode / worker.ask(do="decode", tokens=options.decode)["seconds"]
-            for _ in range(options.rounds)
-        ]
-        peak = worker.ask(do="memory")["bytes"]
-    finally:
-        worker.close()
+    with start("octavo", folder) as worker:
+        found = take_turns(
+            {"octavo": worker}, "decode", options.decode, options.rounds, bandwidth=memory_speed()
+        )
+        peak = worker.ask("peak_memory")
+    rates = found["octavo"]
     result = {
         "machine": machine(),
         "format": options.format,
@@ -148,15 +146,18 @@ def main() -> None:
         "peak_bytes": peak,
         "ready_seconds": worker.ready,
         "tokens_per_second": rates,
+        "rounds": found,
     }
-    rate = spread(rates)
+    trusted = undisturbed(found)
+    rate = spread(chosen(rates, trusted))
     table(
         f"GPT-J, {options.layers} layers, {options.format} format, {options.threads} threads",
-        ["tok/s", "spread", "file GiB", "peak GiB", "peak over file GiB", "ready s"],
+        ["tok/s", "spread", "undisturbed rounds", "file GiB", "peak GiB", "peak over file GiB", "ready s"],
         [
             [
                 f"{rate['median']:.2f}",
                 f"{rate['low']:.2f} to {rate['high']:.2f}",
+                f"{sum(trusted)} of {len(trusted)}",
                 f"{size / 2**30:.2f}",
                 f"{peak / 2**30:.2f}",
                 f"{(peak - size) / 2**30:.2f}",

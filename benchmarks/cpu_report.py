@@ -1,14 +1,13 @@
 """What `benchmarks.cpu` writes: the machine, a table, JSON and a plot under benchmarks/results/.
 
 Example:
-    >>> from benchmarks.cpu_report import spread
-    >>> spread([1.0, 2.0, 3.0])
-    {'median': 2.0, 'low': 1.0, 'high': 3.0}
+    >>> from benchmarks.cpu_report import chosen
+    >>> chosen([5.0, 3.0, 5.2], [True, False, True])
+    [5.0, 5.2]
 """
 
 import json
 import re
-import statistics
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,6 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from octavo.benchmark import load
+from octavo.benchmark.timing import ratios, spread
+from octavo.benchmark.turns import undisturbed
 from octavo.cli.doctor import processor_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,14 +48,17 @@ def machine() -> dict:
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_before": psutil.getloadavg()[0],
+        "load_before": load.before_measuring(),
+        "huge_pages": huge_pages(),
         "kernels": cpu.status(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+def huge_pages() -> str | None:
+    """For what memory Linux uses huge pages, such as "always [madvise] never"; None elsewhere."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.read_text().strip() if setting.exists() else None
 
 
 def file_stem(kind: str) -> str:
@@ -74,7 +79,78 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         out.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         out.add_row(*row)
-    Console(width=150).print(out)
+    Console(width=170).print(out)
+
+
+def chosen(values: list[float], trusted: list[bool]) -> list[float]:
+    """The values of the rounds that can be trusted; all of them where none can."""
+    return [value for value, ok in zip(values, trusted, strict=True) if ok] or values
+
+
+def _cell(values: list[float], form: str) -> str:
+    found = spread(values)
+    return f"{found['median']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
+
+
+def show_models(result: dict, folder: Path) -> None:
+    """Print the table of `benchmarks.cpu models` and draw its plot into `folder`."""
+    methods = ("decode", "prefill")
+    best = max(
+        (max(found[what]["bandwidth"]) for found in result["peers"].values() for what in methods), default=0.0
+    )
+    own: dict[str, list[float]] = {what: [] for what in methods}
+    groups: dict[str, dict[str, float]] = {what: {} for what in methods}
+    rows, marked = [], False
+    for name, found in result["peers"].items():
+        cells, counts = [], []
+        for what in methods:
+            trusted = undisturbed(found[what], best)
+            mine, theirs = (chosen(found[what][who], trusted) for who in ("octavo", "peer"))
+            own[what] += mine if any(trusted) else []
+            groups[what][name] = spread(theirs)["median"]
+            ratio = ratios(mine, theirs)
+            mark = "" if any(trusted) else " !"
+            marked = marked or bool(mark)
+            cells += [
+                _cell(theirs, ".2f"),
+                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}){mark}",
+            ]
+            counts.append(f"{sum(trusted)} of {len(trusted)}")
+        rows.append(
+            [name, *cells, ", ".join(counts), f"{found['peak_bytes'] / 2**30:.2f}", f"{found['ready']:.1f}"]
+        )
+    if rows:
+        cells = []
+        for what in methods:
+            # Where every round was disturbed there is nothing better than all of them.
+            values = own[what] or [v for found in result["peers"].values() for v in found[what]["octavo"]]
+            groups[what]["octavo"] = spread(values)["median"]
+            cells += [_cell(values, ".2f"), "1"]
+        mine = result["octavo"]
+        rows.insert(0, ["octavo", *cells, "", f"{mine['peak_bytes'] / 2**30:.2f}", f"{mine['ready']:.1f}"])
+        shape = next(iter(result["shape"]))
+        table(
+            f"{shape}, {result['machine']['processor']}, {result['machine']['threads']} threads; memory at best {best / 1e9:.1f} "
+            "GB/s; medians of the undisturbed rounds",
+            [
+                "",
+                "decode tok/s",
+                "octavo is faster by",
+                "prefill tok/s",
+                "octavo is faster by",
+                "undisturbed rounds",
+                "peak GiB",
+                "ready s",
+            ],
+            rows,
+        )
+        bars(f"models-{shape}", groups, "tokens/s", folder)
+    if marked:
+        print("! every round was disturbed by other work (or slow memory): not to be trusted")
+    for name, why in result["failed"].items():
+        print(f"failed: {name}: {why}")
+    if result["missing"]:
+        print("not installed:", ", ".join(result["missing"]))
 
 
 def bars(kind: str, groups: dict[str, dict[str, float]], unit: str, folder: Path = RESULTS) -> Path | None:
