@@ -1,7 +1,8 @@
 """Which parameters of a model are quantized, and quantizing them in place.
 
 Everything that holds a large matrix is quantized, whatever its module's class is called: linear layers, embeddings, the head,
-`Conv1D`, fused experts. What stays in float, and why, is in `kept_in_float`. No module is replaced.
+`Conv1D`, fused experts. What stays in float, and why, is in `kept_in_float`; `KEEP_IN_FLOAT` names parameters. No module is
+replaced.
 
 Example:
     >>> import torch, octavo
@@ -13,7 +14,7 @@ Example:
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,10 +27,14 @@ SMALLEST_MATRIX = 4096
 SHORTEST_ROW = 16
 LARGEST_FLOAT_SHARE = 0.01
 
-# Parameters of a matrix's shape that are not multiplied like one, by the last component of their names. Each entry says why.
-KEEP_IN_FLOAT = {
-    "A_log": "state-space decay: its exponential is taken, and an error in it compounds over the sequence",
-    "*bias": "biases are added; those of a stack of experts have a matrix's shape",
+# Parameters of a matrix's shape that are not multiplied like one: type of model (config.json's `model_type`; "*": any) →
+# {pattern: why}. A pattern is compared with the end of a parameter's name, by whole components. This is the place for what a
+# family of models cannot have in 8 bits; what one user wants in float is `OctavoConfig(skip=[...])`.
+KEEP_IN_FLOAT: dict[str, dict[str, str]] = {
+    "*": {
+        "A_log": "state-space decay: its exponential is taken, and an error in it compounds over the sequence",
+        "*bias": "a bias, which is added; those of a stack of experts have a matrix's shape",
+    },
 }
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -64,13 +69,13 @@ class Plan:
         entries: quantized parameters by first name.
         skipped: matrices left in float by the config's patterns, by name.
         left: other matrices left in float, with the reason.
-        other: names of all the other parameters (norms, biases, convolutions, small tensors).
+        other: all the other parameters (norms, biases, convolutions, small tensors), with the reason.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     left: dict[str, tuple[int, str]] = field(default_factory=dict)
-    other: list[str] = field(default_factory=list)
+    other: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -129,22 +134,25 @@ def plan_model(model: nn.Module, config: OctavoConfig, *, within: str = "", stri
         _check_patterns(config, [name for group in names.values() for name in group])
     # Computed, not learned (sinusoidal positions): never in a checkpoint.
     unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    family = getattr(getattr(model, "config", None), "model_type", "")
     plan = Plan()
     for key, (name, *aliases) in names.items():
         module, parameter = owners[key]
         count = parameter.numel()
-        why = "" if unsaved.issuperset((name, *aliases)) else kept_in_float(module, name, parameter)
-        if why != "" and any(skipped(each) for each in (name, *aliases)):
+        kept = kept_in_float(module, name, parameter, family)
+        if unsaved.issuperset((name, *aliases)):
+            plan.other[name] = "computed, not learned: never in a checkpoint"
+        elif (kept is None or kept.counts) and any(skipped(each) for each in (name, *aliases)):
             plan.skipped[name] = count
-        elif why is None:
+        elif kept is None:
             transposed = holds_transpose(module)
             plan.entries[name] = Entry(
                 name, tuple(parameter.shape), transposed, tuple(dict.fromkeys(aliases))
             )
-        elif why:
-            plan.left[name] = (count, why)
+        elif kept.counts:
+            plan.left[name] = (count, kept.why)
         else:
-            plan.other.append(name)
+            plan.other[name] = kept.why
     return plan
 
 
@@ -158,22 +166,39 @@ def _check_patterns(config: OctavoConfig, names: list[str]) -> None:
             )
 
 
-def kept_in_float(module: nn.Module, name: str, parameter: torch.Tensor) -> str | None:
-    """Why a parameter stays in float: None if it is quantized, "" if it is no matrix, else the reason, which counts
-    against coverage."""
+class Kept(NamedTuple):
+    """Why a parameter stays in float. `counts`: it is a matrix all the same, and lowers the coverage."""
+
+    why: str
+    counts: bool = False
+
+
+def kept_in_float(module: nn.Module, name: str, parameter: torch.Tensor, family: str = "") -> Kept | None:
+    """Why a parameter stays in float; None if it is quantized.
+
+    Args:
+        module: the module that owns it.
+        name: its name in the model.
+        family: the model's type, which `KEEP_IN_FLOAT` may mention ("llama").
+    """
     if not parameter.is_floating_point():
-        return ""
+        return Kept("no float")
     shape = [size for size in parameter.shape if size != 1]
-    if len(shape) < 2 or isinstance(module, CONVOLUTIONS):
-        return ""
-    leaf = name.rpartition(".")[2]
-    if any(fnmatch.fnmatchcase(leaf, pattern) for pattern in KEEP_IN_FLOAT):
-        return ""
+    if len(shape) < 2:
+        return Kept("a vector")
+    if isinstance(module, CONVOLUTIONS):
+        return Kept("a convolution")
+    for patterns in (KEEP_IN_FLOAT["*"], KEEP_IN_FLOAT.get(family, {})):
+        for pattern, why in patterns.items():
+            if fnmatch.fnmatchcase(f".{name}", f"*.{pattern}"):
+                return Kept(why)
     if len(parameter.shape) > 3:
-        return f"a tensor of {len(parameter.shape)} dimensions, not a matrix or a stack of matrices"
+        return Kept(
+            f"a tensor of {len(parameter.shape)} dimensions, not a matrix or a stack of matrices", True
+        )
     matrix = parameter.shape[-2:]
     if matrix.numel() < SMALLEST_MATRIX or min(matrix) < SHORTEST_ROW:
-        return ""
+        return Kept("a small matrix")
     return None
 
 

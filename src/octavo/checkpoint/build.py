@@ -52,10 +52,10 @@ def build_model(source: Source, config: OctavoConfig, dtype: torch.dtype, device
         reader = UnitReader(unit, source, skeleton)
         for output in unit.outputs:
             if output.entry is None:
-                state[output.name] = Lazy(partial(reader.plain, output))
+                state[output.stored] = Lazy(partial(reader.plain, output))
             else:
                 for index, suffix in enumerate(SUFFIXES):
-                    state[f"{output.name}_{suffix}"] = Lazy(partial(reader.part, output, index))
+                    state[f"{output.stored}_{suffix}"] = Lazy(partial(reader.part, output, index))
     model_config.quantization_config = config.to_dict()
     model = model_class_of(model_config).from_pretrained(
         None, config=model_config, state_dict=state, dtype=dtype, device_map={"": str(device)}

@@ -105,7 +105,7 @@ def _write_output(
         _require_shape(output, tensor)
         if output.check and tensor.is_floating_point() and not torch.isfinite(tensor.to(torch.float32)).all():
             raise CheckpointError(f"{source.folder}: {NOT_FINITE.format(output.name)}")
-        shard.write(shard.reserve(output.name, output.dtype, output.shape), tensor.to(output.dtype))
+        shard.write(shard.reserve(output.stored, output.dtype, output.shape), tensor.to(output.dtype))
         return Row(output.name, output.shape, "float", 0, output.nbytes())
     if output.exact:
         return _write_published(output, unit, shard, source)
@@ -164,7 +164,7 @@ def _write_packed(output: Output, parts: Any, shard: ShardFile, scales: torch.dt
     positions = {piece[0]: shard.reserve(*piece) for piece in output.pieces(scales)}
     for packed in parts:
         for suffix in ("code", "absmax", "qdata"):
-            key = f"{output.name}_{suffix}"
+            key = f"{output.stored}_{suffix}"
             positions[key] = shard.write(positions[key], getattr(packed, suffix))
 
 

@@ -150,6 +150,31 @@ def model_names(names: list[str], model: Any) -> dict[str, str]:
     return {name: new if new in expected or name not in expected else name for name, new in renamed.items()}
 
 
+def stored_names(model: Any) -> Callable[[str, bool], str]:
+    """A function of a name in the model, and whether it is quantized: the name for a file, from which transformers' own renamings
+    lead back to the model's.
+
+    That is the model's own, as a rule. Where a renaming meant for published names spoils it ("shared_expert." is a pattern
+    that also matches "shared_experts"), it is the published one.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    # A prefix is taken off where it is found; whether one belongs there, the reverse rule cannot know.
+    reverse = [rule.reverse_transform() for rule in renamings[::-1] if not isinstance(rule, PrefixChange)]
+
+    def stored(name: str, quantized: bool) -> str:
+        suffix = "_qdata" if quantized else ""
+        whole = f"{name}{suffix}"
+        for candidate in (whole, apply_renamings(whole, reverse)):
+            if candidate.endswith(suffix) and apply_renamings(candidate, renamings) == whole:
+                return candidate.removesuffix(suffix)
+        return name
+
+    return stored
+
+
 def _complete(group: Group, model: Any, source: Source, expected: dict[str, torch.Tensor]) -> None:
     """Find a group's outputs by running its rule on shapes alone; check them against the model."""
     if group.converter is None and len(group.source_names) > 1:

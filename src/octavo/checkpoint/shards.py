@@ -125,7 +125,7 @@ def plan_shards(units: list[Unit], max_bytes: int) -> list[list[Unit]]:
     filled = 0
     for unit in units:
         # The header belongs to the file; 512 bytes cover one tensor's row and its share of the padding.
-        size = unit.most_bytes + sum(3 * (512 + len(output.name)) for output in unit.outputs)
+        size = unit.most_bytes + sum(3 * (512 + len(output.stored)) for output in unit.outputs)
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0

@@ -22,7 +22,7 @@ from ..config import OctavoConfig
 from ..model import Entry, Plan
 from ..quantizer import SHORTEST_REPEATED_BLOCK
 from .errors import CheckpointError
-from .names import Group, map_names
+from .names import Group, map_names, stored_names
 from .source import Source
 
 Piece = tuple[str, torch.dtype, tuple[int, ...]]
@@ -47,6 +47,7 @@ class Output:
         blocks: scales a row, if quantized.
         exact: the published checkpoint's own bytes are kept (if that fails, `config` holds).
         check: NaN and infinity in it are an error.
+        stored: its name in a file (`octavo.checkpoint.names.stored_names`), to which its parts' suffixes come.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Output:
     blocks: int = 0
     exact: bool = False
     check: bool = True
+    stored: str = ""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -69,12 +71,12 @@ class Output:
     def pieces(self, scales: torch.dtype) -> list[Piece]:
         """The tensors written for it, in order: name, type, shape. `scales` is the type of `absmax`."""
         if self.entry is None:
-            return [(self.name, self.dtype, self.shape)]
+            return [(self.stored, self.dtype, self.shape)]
         *lead, rows, _ = self.stored_shape
         return [
-            (f"{self.name}_code", torch.float32, (*lead, 256)),
-            (f"{self.name}_absmax", scales, (*lead, rows, self.blocks)),
-            (f"{self.name}_qdata", torch.uint8, self.stored_shape),
+            (f"{self.stored}_code", torch.float32, (*lead, 256)),
+            (f"{self.stored}_absmax", scales, (*lead, rows, self.blocks)),
+            (f"{self.stored}_qdata", torch.uint8, self.stored_shape),
         ]
 
     def nbytes(self, scales: torch.dtype = torch.float32) -> int:
@@ -139,7 +141,7 @@ def plan_units(
         CheckpointError: if parameters of the model are missing from the checkpoint.
         UntiedError: if the checkpoint holds different values for weights that config.json ties.
     """
-    names = map_names(model, source)
+    names, stored = map_names(model, source), stored_names(model)
     made = {name for group in names.groups for name in group.outputs}
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     canonical = _canonical_names(tied, made, names.groups, source, model)
@@ -160,6 +162,7 @@ def plan_units(
                 if not requantize:
                     _keep_published(output, group, source)
                 output.blocks = blocks_per_row(output.stored_shape[-1], output.config)
+            output.stored = stored(target, output.entry is not None)
             unit.outputs.append(output)
         if unit.outputs:
             units.append(unit)

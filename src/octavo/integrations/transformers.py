@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightRenaming
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -45,6 +45,7 @@ def attach(model: Any, config: PlainConfig) -> None:
     """Mark a model quantized outside `from_pretrained`, so that `save_pretrained` and `dequantize` know it."""
     register()
     keep_frozen_out_of_adapters(model)
+    _undo_only_renamings(model)
     model.hf_quantizer = OctavoHfQuantizer(config, pre_quantized=False)
     model.is_quantized = True
     model.quantization_method = "octavo"
@@ -129,14 +130,7 @@ class OctavoHfQuantizer(HfQuantizer):
             raise ValueError("\n".join(self._errors))
         if self._read_in_float32:
             model._keep_in_fp32_modules_strict -= self._read_in_float32
-        # What transformers would undo when the model is saved. Taking a weight apart is `get_state_dict_and_metadata`'s.
-        model._weight_conversions = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or ()
-            if not any(
-                isinstance(operation, Deserialize) for operation in getattr(conversion, "operations", ())
-            )
-        ]
+        _undo_only_renamings(model)
         # Tying may have put the plain parameter of an alias first; every name must lead to the one quantized weight.
         for entry in self.plan.entries.values():
             missing = [
@@ -266,6 +260,26 @@ class OctavoHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _undo_only_renamings(model: Any) -> None:
+    """Choose what transformers undoes when the model is saved: the renamings of its parameters, but no merge or split.
+
+    Those would merge the 8-bit parts of several parameters, tables and all. Taking a weight apart into its parts is
+    `get_state_dict_and_metadata`'s.
+    """
+    # Not at import: it imports what imports this module.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = [
+            rule
+            for rule in get_model_conversion_mapping(model, add_legacy=False)
+            # A model that came from no checkpoint has no published prefix.
+            if not isinstance(rule, PrefixChange)
+        ]
+    model._weight_conversions = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
 
 
 def _computing_types(model, names: set[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
