@@ -58,6 +58,7 @@ def export(
         llama-cli -m my-model.gguf -p "El sentido de la vida es"
     """
     import warnings
+    from contextlib import ExitStack
 
     from rich.console import Console
 
@@ -66,7 +67,15 @@ def export(
     from .progress import bytes_progress
 
     messages = Console(stderr=True, highlight=False, soft_wrap=True)
-    with warnings.catch_warnings(), bytes_progress(messages) as progress:
+    with warnings.catch_warnings(), ExitStack() as stack:
+        bar = None
+
+        def progress(done: int, total: int, what: str) -> None:
+            # From the first tensor on: before it, errors are told, and a bar would leave an empty line.
+            nonlocal bar
+            bar = bar or stack.enter_context(bytes_progress(messages))
+            bar(done, total, what)
+
         # Meant for the user as they are, without the file and line they come from.
         warnings.showwarning = lambda message, *_: messages.print(
             f"warning: {message}", style="yellow", markup=False

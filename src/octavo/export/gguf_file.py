@@ -234,7 +234,8 @@ class _Export:
         kind = self._type(target)
         for values in self._values(target):
             self.progress(self.done, self.total, target.name)
-            stored = quants.quantize(values, kind)
+            with np.errstate(over="ignore"):
+                stored = quants.quantize(values, kind)
             if kind == GGMLQuantizationType.F16 and not np.isfinite(stored).all():
                 raise ValueError(
                     f"{target.parameter}: a weight is beyond float16's range (65504); export with --to bf16 or f32"

@@ -11,6 +11,7 @@ Example:
 """
 
 import json
+import logging
 import re
 import tempfile
 import warnings
@@ -186,6 +187,8 @@ def _add_special(
         # The library reads files, and transformers writes them in one form, whatever form they had.
         tokenizer.save_pretrained(folder)
         (Path(folder) / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+        # What it warns of, what is put around a text, is not taken from it.
+        logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
         special = SpecialVocab(folder, load_merges=byte_level, n_vocab=rows)
     for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
         number = getattr(tokenizer, f"{kind}_token_id", None)

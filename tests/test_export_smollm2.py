@@ -1,0 +1,110 @@
+"""SmolLM2-135M in 8 bits, exported: llama.cpp's perplexity against ours, on the same tokens and windows.
+
+Needs OCTAVO_TEST_GGUF=path/to/SmolLM2-135M-Instruct.Q4_1.gguf (`make test-all` fetches it) and llama-cpp-python.
+"""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import octavo
+from octavo.checkpoint import convert
+from octavo.export import export_gguf
+
+from .export_models import TEXTS, llama
+
+GGUF = os.environ.get("OCTAVO_TEST_GGUF")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not GGUF, reason="OCTAVO_TEST_GGUF names no file; `make test-all` fetches it"),
+]
+TOKENS, WINDOW, STRIDE = 4096, 512, 256
+
+
+def english() -> str:
+    """Plain English that every Python has: the text of its language reference."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))[20_000:60_000]
+
+
+def windows(length):
+    """Windows of WINDOW tokens every STRIDE: (start, stop, first token that no window before has scored)."""
+    scored = 1
+    for start in range(0, length - STRIDE, STRIDE):
+        stop = min(start + WINDOW, length)
+        yield start, stop, scored
+        scored = stop
+
+
+def nlls(logits_of, ids):
+    """Nats of every token but the first: float64 [tokens - 1]. `logits_of`: token ids → [tokens, vocabulary]."""
+    out = np.full(len(ids) - 1, np.nan)
+    for start, stop, scored in windows(len(ids)):
+        rows = torch.as_tensor(logits_of(ids[start:stop]))[scored - 1 - start : stop - 1 - start].double()
+        chosen = torch.tensor(ids[scored:stop])[:, None]
+        out[scored - 1 : stop - 1] = -rows.log_softmax(-1).gather(1, chosen)[:, 0].numpy()
+    assert not np.isnan(out).any()
+    return out
+
+
+def llama_nlls(path, ids):
+    threads = max(1, len(os.sched_getaffinity(0)))
+    with llama(path, n_ctx=WINDOW, n_batch=WINDOW, n_threads=threads) as instance:
+
+        def logits_of(tokens):
+            instance.reset()
+            instance.eval(tokens)
+            return np.array(instance.scores[: len(tokens)])
+
+        return nlls(logits_of, ids)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    out = tmp_path_factory.mktemp("smollm2") / "smollm2-8bit"
+    convert(GGUF, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ids(model):
+    return octavo.load_tokenizer(model)(english(), verbose=False)["input_ids"][:TOKENS]
+
+
+@pytest.fixture(scope="module")
+def ours(model, ids):
+    """Nats of each token by our kernels, in float32."""
+    loaded = octavo.load(model, dtype="float32", device="cpu")
+    with torch.inference_mode():
+        return nlls(lambda tokens: loaded(torch.tensor([tokens]), use_cache=False).logits[0], ids)
+
+
+# By how much the mean of 4,095 tokens' nats may differ: the types' rounding of weights and activations.
+@pytest.mark.parametrize(("to", "tolerance"), [("f16", 2e-4), ("q8_0", 5e-3)])
+def test_perplexity_is_ours(to, tolerance, model, ids, ours, tmp_path):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'octavo[bench]'")
+    result = export_gguf(model, tmp_path / "m.gguf", to)
+    theirs = llama_nlls(result.out, ids)
+    difference = theirs - ours
+    print(
+        f"{to}: {result.nbytes:,} bytes, {result.types}; perplexity {math.exp(theirs.mean()):.4f} in llama.cpp, "
+        f"{math.exp(ours.mean()):.4f} in Octavo; nats a token: mean difference {difference.mean():+.2e} "
+        f"± {difference.std() / len(ids) ** 0.5:.1e}, largest {np.abs(difference).max():.3f}"
+    )
+    assert abs(difference.mean()) < tolerance
+    assert result.narrow == []
+
+
+def test_tokens_are_the_same(model, tmp_path):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'octavo[bench]'")
+    tokenizer = octavo.load_tokenizer(model)
+    result = export_gguf(model, tmp_path / "m.gguf")
+    for path in (result.out, GGUF):
+        with llama(path, vocab_only=True, logits_all=False) as instance:
+            for text in (*TEXTS, english()):
+                expected = tokenizer(text, verbose=False)["input_ids"]
+                assert instance.tokenize(text.encode(), special=True) == expected, (path, text)
