@@ -12,8 +12,10 @@ import sys
 import typer
 
 from .bench import bench
+from .compare import compare
 from .demo import demo
 from .doctor import doctor
+from .evaluate import evaluate
 from .export import export
 from .finetune import finetune
 from .generate import generate
@@ -32,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, generate, finetune, merge, plan, inspect, demo, export, doctor, bench):
+for command in (quantize, generate, finetune, merge, plan, inspect, evaluate, compare, demo, export, doctor, bench):
     app.command()(command)
 
 
