@@ -41,7 +41,8 @@ def test_it_looks_like_the_weight(device):
     assert t.stride() == weight.stride() and t.numel() == weight.numel() and t.is_contiguous()
     assert t.is_floating_point() and not t.requires_grad and t.is_leaf
     assert t.qdata.dtype == torch.uint8 and t.absmax.dtype == torch.float16 and t.code.dtype == torch.float32
-    assert t.nbytes_stored == 16 * 128 + 16 * 2 * 2 + 1024
+    assert t.nbytes == t.nbytes_stored == 16 * 128 + 16 * 2 * 2 + 1024
+    assert t.numel() * t.element_size() == 16 * 128  # what transformers' get_memory_footprint counts
     assert "OctavoTensor(shape=(16, 128), dtype=torch.bfloat16" in repr(t) and "transposed" in repr(t.T)
 
 

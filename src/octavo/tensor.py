@@ -179,6 +179,15 @@ class OctavoTensor(torch.Tensor):
         """Bytes that the stored tensors take."""
         return self.qdata.nbytes + self.absmax.nbytes + self.code.nbytes
 
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """`nbytes_stored`: PyTorch would count the floats that the weight stands for."""
+        return self.nbytes_stored
+
+    def element_size(self) -> int:
+        """1: the byte that a weight takes, its scale not counted. transformers' `get_memory_footprint` multiplies by it."""
+        return self.qdata.element_size()
+
     def rewrite_(self, values: torch.Tensor) -> "OctavoTensor":
         """Quantize `values` into this tensor's own storage, so that aliases see the change.
 
