@@ -116,6 +116,35 @@ def test_a_missing_file_is_named():
         read_records(["nowhere.txt"])
 
 
+def test_a_data_set_of_the_hub_gives_its_train_split(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([{"prompt": "2+2=", "completion": "4", "id": 7}] * 2)
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_records(["someone/sums"]) == [{"prompt": "2+2=", "completion": "4"}] * 2
+    assert asked == [(("someone/sums",), {"split": "train"})]
+    table = datasets.Dataset.from_list([{"body": "x"}])
+    with pytest.raises(ValueError, match=r"someone/sums, record 1: expected `text`.*found \['body'\]"):
+        read_records(["someone/sums"])
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*names, **options):
+        raise ConnectionError("Couldn't reach 'someone/sums' on the Hub\n  (offline)\n  more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="neither a file here nor a data set .*Couldn't reach") as found:
+        read_records(["someone/sums"])
+    assert len(str(found.value).splitlines()) == 1
+
+
 def test_validation_is_drawn_by_seed_and_from_the_end_of_a_text():
     records = [{"text": str(number)} for number in range(100)]
     train, held = split_records(records, 0.1, seed=1)

@@ -11,7 +11,7 @@ import octavo
 from octavo.training.merge import merge
 
 from .conftest import relative_error
-from .training_models import ARCHITECTURES, gpt2, gptj, llama_tied, move_adapters, quantized
+from .training_models import ARCHITECTURES, gpt2, gptj, llama_tied, move_adapters, plain_twin, quantized
 
 peft = pytest.importorskip("peft")
 
@@ -105,6 +105,31 @@ def test_norms_biases_head_and_embedding(tmp_path):
     assert relative_error(logits(again), expected) < 0.02
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(llama_tied, "all-linear"), (gpt2, "all-linear"), (gptj, ["wte", "fc_in", "lm_head"])],
+)
+def test_dora_is_peft_s_own_merge_of_the_plain_weights(make, targets, tmp_path):
+    _, expected = saved(make, tmp_path, target_modules=targets, use_dora=True)
+    twin = plain_twin(quantized(make))
+    plain = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter").merge_and_unload()
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "bfloat16")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    found = dict(again.named_parameters())
+    changed = 0
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(found[name], weight.to(torch.bfloat16).float(), rtol=0.008, atol=1e-6)
+        changed += "norm" not in name and "ln_" not in name
+    assert changed > 3
+    assert relative_error(logits(again), expected) < 0.02
+    result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out8")
+    assert 1e-6 < result.added_error < 6e-5
+    assert (
+        relative_error(logits(octavo.load(tmp_path / "out8", dtype="float32", device="cpu")), expected) < 0.02
+    )
+
+
 def test_what_cannot_be_merged_is_named(tmp_path):
     saved(gptj, tmp_path, target_modules=["q_proj"])
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
@@ -120,7 +145,9 @@ def test_what_cannot_be_merged_is_named(tmp_path):
     ):
         merge(tmp_path / "other", adapter, out)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(ValueError, match=r"expected a plain LoRA adapter, found LORA with \['use_dora'\]"):
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": ["x"]}))
+    with pytest.raises(
+        ValueError, match=r"expected a plain LoRA adapter, found LORA with \['target_parameters'\]"
+    ):
         merge(base, adapter, out)
     assert not out.exists() and not (tmp_path / "out.partial").exists()

@@ -2,8 +2,8 @@
 
     file                    what a record is
     .txt                    the whole file is one text, cut into pieces of `max_length` (packed)
-    .jsonl, .json           one record a line: {"text"}, {"prompt", "completion"} or {"messages": [{"role",
-    "content"}]} .csv                    columns `text`, or `prompt` and `completion`
+    .jsonl, .json           one record a line: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}
+    .csv                    columns `text`, or `prompt` and `completion`
     anything else           a data set's id on the Hugging Face hub, its `train` split with columns as above
 
 An example is {"input_ids", "labels"}; a label of -100 is not learned. The loss is taken on completions and on
@@ -106,8 +106,9 @@ def _read_hub(name: str) -> list[dict[str, Any]]:
     try:
         table = load_dataset(name, split="train")
     except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"--data {name}: neither a file here nor a data set that the Hugging Face hub gives ({error})"
+            f"--data {name}: neither a file here nor a data set that the Hugging Face hub gives ({reason})"
         ) from error
     return [_checked(record, f"{name}, record {number}") for number, record in enumerate(table, 1)]
 

@@ -1,9 +1,9 @@
 """Merge an adapter into its model's files, one tensor at a time.
 
 Each weight that the adapter changes is read (de-quantized if it is in 8 bits), gets `scale · B A` added in
-float32, and is written again: in 8 bits with a codebook fitted anew, or in 16 bits. Every other tensor is
-copied. Memory holds a few times the largest tensor, never the model. Weights that config.json ties, of which
-the adapter changes one, are untied on purpose: the copy's config.json says so.
+float32 (and for DoRA its magnitudes set), and is written again: in 8 bits with a codebook fitted anew, or in 16
+bits. Every other tensor is copied. Memory holds a few times the largest tensor, never the model. Weights that
+config.json ties, of which the adapter changes one, are untied on purpose: the copy's config.json says so.
 
 Example:
     >>> result = merge("model-8bit", "poems", "poems-merged")  # doctest: +SKIP
@@ -35,7 +35,7 @@ from ..tensor import SUFFIXES, OctavoTensor
 TYPES = {"8bit": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SHARD_SIZE = 5_000_000_000
 PREFIX = "base_model.model."
-SIDES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+SIDES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
 @dataclass
@@ -83,11 +83,7 @@ class Adapter:
                 f"{folder}: expected a PEFT adapter folder with adapter_config.json and adapter_model.safetensors "
                 f"({error})"
             ) from error
-        asked = [
-            name
-            for name in ("use_dora", "target_parameters", "trainable_token_indices")
-            if self.config.get(name)
-        ]
+        asked = [name for name in ("target_parameters", "trainable_token_indices") if self.config.get(name)]
         if self.config.get("peft_type") != "LORA" or asked:
             raise ValueError(
                 f"{folder}: expected a plain LoRA adapter, found {self.config.get('peft_type')} with {asked or 'no'} "
@@ -115,6 +111,20 @@ class Adapter:
             return scale * (up @ down).T
         down, up = (self.file.get_tensor(keys[f"lora_{side}.weight"]).float() for side in "AB")
         return scale * (up @ down)
+
+    def merged(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of `module`, float32, rows as `delta` has them, with the adapter in it.
+
+        DoRA (Liu et al. 2024, arXiv:2402.09353): `m · (W + ΔW) / ‖W + ΔW‖`, the norm over what an output sums over; of
+        an embedding PEFT takes the norm over the vocabulary.
+        """
+        weight = weight + self.delta(module)
+        keys = self.sides[module]
+        if "lora_magnitude_vector" not in keys:
+            return weight
+        over = 0 if "lora_embedding_A" in keys else 1
+        magnitude = self.file.get_tensor(keys["lora_magnitude_vector"]).float().reshape(-1)
+        return weight * (magnitude / torch.linalg.norm(weight, dim=over)).unsqueeze(over)
 
     def _pattern(self, table: str, module: str, default: float) -> float:
         """PEFT's own rule: the first pattern that the module's name ends with."""
@@ -280,9 +290,9 @@ class _Merge:
             value = self.source.read(home)
             if changed:
                 self.result.changed.append(name)
-                delta = self.adapter.delta(module)
                 turned = holds_transpose(self.model.get_submodule(module))
-                value = (value.float() + (delta.T if turned else delta)).to(value.dtype)
+                rows = self.adapter.merged(module, value.float().T if turned else value.float())
+                value = (rows.T if turned else rows).to(value.dtype).contiguous()
             return {name: value.to(self.dtype) if self.dtype and value.is_floating_point() else value}
         qdata, absmax, code = (self.source.read(f"{home}_{suffix}") for suffix in SUFFIXES)
         if not changed and self.dtype is None:
@@ -293,7 +303,7 @@ class _Merge:
         if changed:
             self.result.changed.append(name)
             # Rows of what is stored are outputs, as those of PEFT's delta.
-            dense += self.adapter.delta(module)
+            dense = self.adapter.merged(module, dense)
         if self.dtype is not None:
             return {name: self._as_in_the_model(name, dense).to(self.dtype)}
         return self._packed_anew(name, dense, block_size)
