@@ -88,6 +88,8 @@ STACK = {
     "matmul": (lambda x, w: x @ w, (E, K, N), (E, 5, K)),
     "baddbmm": (lambda x, w: torch.baddbmm(torch.ones(E, 5, N).to(x), x, w), (E, K, N), (E, 5, K)),
     "transposed": (lambda x, w: torch.bmm(x, w.transpose(1, 2)), (E, N, K), (E, 5, K)),
+    "stack first": (lambda x, w: torch.bmm(w, x.transpose(1, 2)), (E, N, K), (E, 5, K)),
+    "stack first, matmul": (lambda x, w: w @ x[:, 0, :, None], (E, N, K), (E, 5, K)),
     "one expert": (lambda x, w: F.linear(x[0], w[2]), (E, N, K), (1, 5, K)),
     "experts picked": (
         lambda x, w: torch.bmm(x, w[torch.tensor([3, 0, 3, 1], device=x.device)]),

@@ -6,6 +6,8 @@ import torch
 import octavo
 from octavo import OctavoTensor
 
+from .conftest import relative_error
+
 
 def make(*shape, device="cpu", **options) -> OctavoTensor:
     return OctavoTensor.from_float(torch.randn(*shape, device=device), **options)
@@ -148,3 +150,17 @@ def test_indexing_by_ids_decodes_only_those_rows():
         t[torch.tensor([12])]
     with pytest.raises(IndexError):
         t[torch.tensor([-13])]
+
+
+def test_rows_in_groups_are_a_stack(no_fallbacks, device):
+    """A matrix seen as a stack, as layers do that are linear group by group; writing into a group reaches the matrix."""
+    weight = OctavoTensor.from_float(torch.randn(24, 100, device=device))
+    dense = weight.dequantize()
+    groups = weight.view(4, -1, 100)
+    assert isinstance(groups, OctavoTensor) and groups.qdata.data_ptr() == weight.qdata.data_ptr()
+    assert torch.equal(groups.dequantize(), dense.view(4, 6, 100))
+    x = torch.randn(4, 5, 100, device=device)
+    expected = torch.bmm(x, dense.view(4, 6, 100).transpose(1, 2))
+    assert relative_error(torch.bmm(x, groups.transpose(1, 2)), expected) < 1e-5
+    groups[1].copy_(torch.zeros(6, 100, device=device))
+    assert weight[6:12].dequantize().abs().max() == 0 and torch.equal(weight[:6].dequantize(), dense[:6])

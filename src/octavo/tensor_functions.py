@@ -131,7 +131,7 @@ def matmul(input, other):
         # W y = (yᵀ Wᵀ)ᵀ
         out = _product(other.mT if other.dim() == 2 else other, input, True)
         return out if out is NotImplemented or other.dim() == 1 else out.mT
-    if _is_stack(other) and input.dim() == 3:
+    if input.dim() == other.dim() == 3:
         return bmm(input, other)
     return NotImplemented
 
@@ -156,12 +156,13 @@ def addmm(input, mat1, mat2, *, beta=1, alpha=1):
 
 @handles(torch.bmm, torch.Tensor.bmm)
 def bmm(input, mat2):
-    """Products with a stack of matrices (experts), one after the other: [E, T, K] with [E, K, N] → [E, T, N]."""
-    if not _is_stack(mat2) or isinstance(input, OctavoTensor):
+    """Products with a stack of matrices (experts), one after the other: [E, T, K] with [E, K, N] → [E, T, N]. Either of the two
+    is the stack."""
+    if _is_stack(input) == _is_stack(mat2) or isinstance(mat2 if _is_stack(input) else input, OctavoTensor):
         return NotImplemented
-    if input.dim() != 3 or input.shape[0] != mat2.shape[0] or not mat2.shape[0]:
+    if input.dim() != 3 or mat2.dim() != 3 or input.shape[0] != mat2.shape[0] or not mat2.shape[0]:
         return NotImplemented
-    parts = [_product(input[index], mat2[index], False) for index in range(mat2.shape[0])]
+    parts = [matmul(input[index], mat2[index]) for index in range(mat2.shape[0])]
     return NotImplemented if parts[0] is NotImplemented else torch.stack(parts)
 
 

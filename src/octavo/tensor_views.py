@@ -9,6 +9,7 @@ Example:
     (torch.Size([64, 4]), 'OctavoTensor')
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -55,6 +56,21 @@ def view(weight, size):
     # A flat row in whole blocks is still a quantized row.
     if flat and size == [weight.numel()]:
         return like(weight, weight.qdata.view(-1), weight.absmax.view(-1), codebook="slice")
+    # Rows in groups: a stack of matrices that share one codebook (projections that are linear group by group).
+    if (
+        len(size) == 3
+        and weight.dim() == 2
+        and not weight.transposed
+        and size[-1] == weight.shape[-1]
+        and math.prod(size) == weight.numel()
+    ):
+        return like(
+            weight,
+            weight.qdata.view(size),
+            weight.absmax.view(*size[:-1], -1),
+            weight.code.expand(size[0], -1),
+            codebook="slice",
+        )
     # FSDP2 keeps a flat view of each shard, which it only uses for tensors without its hooks.
     if size == [weight.numel()] and called_by_fsdp():
         return alias(weight)

@@ -22,7 +22,7 @@ import octavo
 
 from .shrink import CannotShrink, small_config
 
-LARGEST = 40_000_000
+LARGEST = 50_000_000
 IDS = torch.arange(10, 22)[None]
 LOGITS = 1e-4
 GRADIENTS = 1e-3
@@ -62,7 +62,7 @@ def plain_model(kind: str, task: str) -> Any:
         PlainFailsError: if transformers cannot build it.
     """
     try:
-        config = small_config(kind)
+        config = small_config(kind, task)
         auto = auto_class(task)
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in auto.from_config(config).parameters())

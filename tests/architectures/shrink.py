@@ -33,7 +33,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "*_hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim"), HIDDEN),
     **dict.fromkeys(("embedding_size", "*_embedding_size", "hidden_dim", "word_embed_proj_dim", "lru_width"), HIDDEN),
     **dict.fromkeys(("*_embed_dim", "embed_dim", "mamba_d_ssm", "hidden_size_global", "out_hidden_size"), HIDDEN),
-    **dict.fromkeys(("projector_input_dim", "projector_output_dim", "output_dim", "adapter_*_dim"), HIDDEN),
+    **dict.fromkeys(("projector_input_dim", "projector_output_dim", "output_dim", "adapter_*_dim", "adapter_input_size"), HIDDEN),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_d_state", "state_size", "ssm_state_size"), 32),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 8),
@@ -52,43 +52,58 @@ SIZES: dict[str, int] = {
 }  # fmt: skip
 
 
+# What some configurations leave open though their models need it.
+OPEN = {
+    "head_dim": HEAD,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "num_key_value_heads": HEADS,
+    "n_shared_experts": 1,
+}
+
+
 class CannotShrink(Exception):
     """An architecture's configuration cannot be made small."""
 
 
-def small_config(kind: str) -> Any:
-    """The small configuration of a model type ("llama").
+def small_config(kind: str, task: str = "causal") -> Any:
+    """The small configuration of a model type ("llama"); `task`: "causal", "seq2seq" or "masked".
 
     Raises:
         CannotShrink: if the configuration refuses it, saying why.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    config_class = CONFIG_MAPPING[kind]
+    needs = dict(NEEDS.get(kind, {}))
+    names = {field.name for field in dataclasses.fields(config_class)}
+    if task == "causal" and "is_decoder" in names:
+        needs["is_decoder"] = True
     try:
-        return shrunk(CONFIG_MAPPING[kind], NEEDS.get(kind, {}))
+        return shrunk(config_class, needs)
     except Exception as error:
         raise CannotShrink(f"{type(error).__name__}: {error}") from error
 
 
 def shrunk(config_class: type, needs: dict[str, Any]) -> Any:
     """An instance of a configuration's class with small sizes. `needs`: values of fields that win over the rules."""
-    probe = config_class(**{name: value for name, value in needs.items() if value is not dataclasses.MISSING})
+    try:
+        probe = config_class()
+    except Exception:
+        probe = config_class(**needs)
     options: dict[str, Any] = {}
     fields = {field.name: _value(probe, field) for field in dataclasses.fields(config_class)}
     for name, value in fields.items():
         if hasattr(value, "to_dict"):
-            options[name] = shrunk(type(value), {})
-        elif isinstance(value, int) and not isinstance(value, bool):
-            small = _small(name, value)
-            if small is not None:
-                options[name] = small
+            options[name] = shrunk(type(value), NEEDS.get(value.model_type, {}))
+        elif (small := _small(name, value)) is not None:
+            options[name] = small
+        elif value is None and name in OPEN:
+            options[name] = OPEN[name]
     _shrink_tokens(fields, options)
     _agree(fields, options)
     _cut_layers(fields, options)
-    options.update(needs)
-    return config_class(
-        **{name: value for name, value in options.items() if value is not dataclasses.MISSING}
-    )
+    return config_class(**{**options, **needs})
 
 
 def _value(probe: Any, field: dataclasses.Field) -> Any:
@@ -99,7 +114,9 @@ def _value(probe: Any, field: dataclasses.Field) -> Any:
         return field.default
 
 
-def _small(name: str, value: int) -> int | None:
+def _small(name: str, value: Any) -> int | None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
     small = next((small for pattern, small in SIZES.items() if fnmatch.fnmatchcase(name, pattern)), None)
     return small if small is not None and value > small else None
 
@@ -122,11 +139,13 @@ def _agree(fields: dict[str, Any], options: dict[str, Any]) -> None:
     """Sizes that belong together."""
     # As many heads of keys as of queries stay so.
     for heads, keys in (("num_attention_heads", "num_key_value_heads"), ("num_heads", "num_key_value_heads")):
-        if keys in options and fields.get(heads) == fields.get(keys):
+        if keys in options and fields.get(heads) is not None and fields[heads] == fields[keys]:
             options[keys] = options.get(heads, fields[heads])
     # With low-rank attention it follows from the parts that do and do not rotate.
     if "qk_rope_head_dim" in fields:
-        options.pop("head_dim", None)
+        options.pop("qk_head_dim", None)
+        if options.pop("head_dim", None) and fields.get("head_dim") == fields["qk_rope_head_dim"]:
+            options["head_dim"] = options["qk_rope_head_dim"]
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "mrope_section" in rope:
         options["rope_parameters"] = {
@@ -161,11 +180,57 @@ def _cut_layers(fields: dict[str, Any], options: dict[str, Any]) -> None:
     if not lists:
         return
     chosen = sorted(kinds.values())[:4]
-    if len(chosen) == 1:
+    shared = fields.get("num_kv_shared_layers")
+    if len(chosen) == 1 or shared:
+        # The second half takes the keys and values of the first, where layers share them.
+        options.update({"num_kv_shared_layers": len(chosen)} if shared else {})
         chosen *= 2
     options[name] = len(chosen)
-    options.update({key: [value[index] for index in chosen] for key, value in lists.items()})
+    for key, value in lists.items():
+        options[key] = [_small(key, each) or each for each in (value[index] for index in chosen)]
 
 
-# What an architecture needs besides; MISSING leaves a field out.
-NEEDS: dict[str, dict[str, Any]] = {}
+# What an architecture needs besides, by its type or the type of a configuration inside it.
+NEEDS: dict[str, dict[str, Any]] = {
+    # Tables of hashed groups of bytes have half a million rows.
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    # Its default leaves out what its layers turn by.
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
+    # Its vocabulary is that of a tokenizer.
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 4},
+    # The kinds of layers in another form.
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    # Heads of the state, whose sizes multiply to twice the hidden one.
+    "mamba2": {"num_heads": 8},
+    # The indexer has no defaults.
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    # Positions are a product of two tables; a fixed seed makes its hashes, and so its logits, repeatable.
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [64, 64],
+        "max_position_embeddings": 128,
+        "hash_seed": 0,
+    },
+    "xmod": {"default_language": "en_XX"},
+    # Later hybrid layers share the first one's weights, so it takes two.
+    "zamba": {
+        "attention_head_dim": 64,
+        "attention_hidden_size": 256,
+        "num_hidden_layers": 5,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+}
