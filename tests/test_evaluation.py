@@ -24,6 +24,12 @@ from .published import tiny_gptj
 WORDS = [f"w{i}" for i in range(300)]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_reproducible):
+    # Models so small that a second thread is only waited for.
+    torch.set_num_threads(1)
+
+
 def tokens_of(length, seed=1, name="a text"):
     ids = torch.randint(0, 300, (length,), generator=torch.Generator().manual_seed(seed))
     return Tokens(name, ids, words=length, bytes=3 * length)

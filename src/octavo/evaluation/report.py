@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 CAPTIONS = {
     "perplexity.png": "The point is the model, the bar the 95 % interval{of}. Lower is better.",
     "error-by-layer.png": "How far the stored weights are from the original ones, each layer's matrices together. A layer that "
-    "stands out is a candidate for `--skip`.",
+    "stands out is a candidate for --skip.",
     "error-by-tensor.png": "One dot a matrix; the colour is the layer's number.",
     "codebooks.png": "Each weight is stored as the nearest of 256 numbers (orange) times the scale of its block. A good codebook "
     "is dense where the weights are; the spikes at ±1 are the largest weight of each block. The "
