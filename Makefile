@@ -43,7 +43,8 @@ $(DATA)/.fetched: $(INSTALLED)
 	@test -f $(MINILM) && test -f $(GGUF) && touch $@
 
 test-all: $(INSTALLED) $(DATA)/.fetched  ## every test: also the slow ones, on real weights it fetches, and sanitizers
-	OCTAVO_TEST_MINILM=$(abspath $(MINILM)) OCTAVO_TEST_GGUF=$(abspath $(GGUF)) \
+	$(PIP) install -q -c constraints.txt lm-eval
+	OCTAVO_TEST_MINILM=$(abspath $(MINILM)) OCTAVO_TEST_GGUF=$(abspath $(GGUF)) OCTAVO_REQUIRE_LM_EVAL=1 \
 		$(BIN)/python -m pytest -q -m 'not gpu'
 
 test-gpu: $(INSTALLED)  ## the tests that need a GPU; skipping is a failure
