@@ -159,8 +159,8 @@ def watched(command: list[str]) -> dict:
     """Run a command and watch it.
 
     Returns:
-        seconds; "peak" and "anonymous", bytes: the most memory it held, with files mapped into it and without; "others": cores that
-        other work took meanwhile.
+        seconds; "peak" and "anonymous", bytes: the most memory it held, with files mapped into it and without; "others": cores
+        that other work took meanwhile.
 
     Raises:
         RuntimeError: if it fails, with the end of what it said.

@@ -125,7 +125,7 @@ class Quantized(Engine):
     """`octavo.load(source)`; a source that is not quantized yet is quantized while it loads."""
 
     def __init__(self, source: str, device: str, dtype: str | None = None):
-        from ..load import load
+        from .. import load
 
         super().__init__(load(source, dtype=dtype, device=device))
 
@@ -139,9 +139,9 @@ class Dense(Engine):
 
 def load_dense(source: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A model with plain weights: by transformers' `from_pretrained` where the source has such, else de-quantized."""
+    from .. import load
     from ..checkpoint import open_source
     from ..checkpoint.skeleton import model_class_of
-    from ..load import load
     from ..model import dequantize_model
 
     with open_source(source) as opened:

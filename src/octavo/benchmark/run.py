@@ -15,7 +15,6 @@ import psutil
 import torch
 
 from .. import __version__, demo, ops
-from ..load import DTYPES
 from . import load, turns
 from .kernels import BLOCK, SHAPES, linear
 from .models import PROMPT
@@ -30,6 +29,8 @@ KERNEL_SECONDS, MODEL_SECONDS, QUICK_MODEL_SECONDS = 4.0, 10.0, 4.0
 MOST_SHAPES, QUICK_SHAPES = 4, 1
 # Share of the free memory that a model in float may take.
 FITS = 0.8
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Say = Callable[[str], object]
 
