@@ -390,10 +390,13 @@ CHECK = "import transformers.quantizers.auto as a; print('octavo' in a.AUTO_QUAN
     "order",
     [
         f"import octavo; octavo.OctavoConfig(); {CHECK}",
-        f"import transformers.quantizers.auto; import octavo; {CHECK}; "
+        f"import transformers.quantizers.auto; import octavo; octavo.OctavoConfig(); {CHECK}; "
         f"import importlib; importlib.reload(octavo); {CHECK}",
+        f"import torch; {CHECK}",
+        f"from transformers import LlamaForCausalLM; {CHECK}",
+        f"import transformers.quantizers.auto; from transformers import LlamaForCausalLM; {CHECK}",
     ],
-    ids=["octavo first", "transformers first"],
+    ids=["octavo first", "transformers first", "never, torch first", "never", "never, the table first"],
 )
 def test_registered_whichever_comes_first(order):
     assert set(python(order).split()) == {"True"}

@@ -52,6 +52,8 @@ __all__ = [
 def __getattr__(name: str):
     # Each public name is imported when it is first asked for, so that `octavo --help` does not wait for torch.
     if name in _HOMES:
+        # Again: torch may have imported us while transformers' table of quantizers was half made.
+        _register_when_needed()
         module = _import_module(f".{_HOMES[name]}", __name__)
         # All names of that home at once: the import itself binds `octavo.load` to the module of that name.
         globals().update(

@@ -5,6 +5,9 @@
 transformers is there already, register at once; else wait for the import of the module that holds its table of quantizers. The
 table is filled through transformers' own registration functions; nothing of it is changed.
 
+Programs that never import Octavo find its files too (`lm_eval`, `trl`, anybody's script): torch calls `register_when_needed` when
+it is imported, through the entry point that PyTorch offers to extensions (group `torch.backends` in pyproject.toml).
+
 Example:
     >>> import octavo  # calls register_when_needed()
     >>> import transformers.quantizers.auto as auto
@@ -17,14 +20,25 @@ import importlib.util
 import sys
 
 AWAITED = "transformers.quantizers.auto"
+# Loading a model imports it, after AWAITED.
+LATER = "transformers.modeling_utils"
 
 
 def register_when_needed() -> None:
     """Register now if transformers' quantizers are loaded, else when they are. Calling it twice is harmless."""
-    if AWAITED in sys.modules:
+    module = sys.modules.get(AWAITED)
+    if module is None:
+        _await(AWAITED)
+    elif getattr(module.__spec__, "_initializing", False):
+        # AWAITED imports torch, and torch calls us (the entry point in pyproject.toml) before AWAITED is ready.
+        _await(LATER)
+    else:
         _register()
-    elif not any(isinstance(finder, _Awaiter) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Awaiter())
+
+
+def _await(name: str) -> None:
+    if not any(isinstance(finder, _Awaiter) and finder.awaited == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Awaiter(name))
 
 
 def _register() -> None:
@@ -36,8 +50,11 @@ def _register() -> None:
 class _Awaiter(importlib.abc.MetaPathFinder):
     """Finds the awaited module as usual, and registers after it has run."""
 
+    def __init__(self, awaited: str):
+        self.awaited = awaited
+
     def find_spec(self, fullname, path, target=None):
-        if fullname != AWAITED:
+        if fullname != self.awaited:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
