@@ -39,7 +39,10 @@ def worker(connection) -> None:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     while True:
-        kind, task = connection.recv()
+        try:
+            kind, task = connection.recv()
+        except EOFError:
+            return
         row = {"architecture": kind, "task": task}
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -95,9 +98,11 @@ def sweep(only: list[str], out: Path, tasks: list[str]) -> None:
         if not running.process.is_alive() or row.get("reason", "").startswith("took longer"):
             running = Worker()
         rows[kind, task] = row
+        done = [row.get("generation"), row.get("adapters")]
         told = row.get("reason") or f"coverage {row.get('coverage', 0):.3f} {row['fallbacks'] or ''} {done}"
         took = time.monotonic() - started
         print(f"{number}/{len(todo)} {took:.0f} s  {task} {kind}: {row['outcome']}  {told}", flush=True)
+    running.connection.close()
     ordered = [rows[key] for task in tasks_of(rows) for key in sorted(rows) if key[1] == task]
     found = {"transformers": transformers.__version__, "torch": torch.__version__, "rows": ordered}
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

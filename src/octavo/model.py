@@ -12,7 +12,7 @@ Example:
 """
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,14 +27,30 @@ SMALLEST_MATRIX = 4096
 SHORTEST_ROW = 16
 LARGEST_FLOAT_SHARE = 0.01
 
-# Parameters of a matrix's shape that are not multiplied like one: type of model (config.json's `model_type`; "*": any) →
-# {pattern: why}. A pattern is compared with the end of a parameter's name, by whole components. This is the place for what a
-# family of models cannot have in 8 bits; what one user wants in float is `OctavoConfig(skip=[...])`.
+_POSITIONS = "a table of positions, which is added"
+_ROUTER = "a router: rounded scores choose other experts (docs/MODELS.md has the figures), and it is a thousandth of the weights"
+_STREAMS = "mixes residual streams: the published model keeps it in float32"
+
+# Parameters with the shape of a matrix that stay in float: type of model (`model_type` of a configuration in it; "*": any) →
+# {pattern: why}. A pattern is compared with the end of a parameter's name, by whole components; `*` also crosses dots. This is
+# the place for what a family of models must have in float; what one user wants in float is `OctavoConfig(skip=[...])`.
 KEEP_IN_FLOAT: dict[str, dict[str, str]] = {
     "*": {
         "A_log": "state-space decay: its exponential is taken, and an error in it compounds over the sequence",
         "*bias": "a bias, which is added; those of a stack of experts have a matrix's shape",
+        "scale": "scales of channels, no product",
+        "pos_embed": _POSITIONS,
+        "rel_pos_[hw]": _POSITIONS,
+        "router.*weight": _ROUTER,
+        "mlp.gate.weight": _ROUTER,
+        "feed_forward.gate.weight": _ROUTER,
+        "mixer.gate.weight": _ROUTER,
+        "mlp.gate.router_mlp.*weight": _ROUTER,
     },
+    "deepseek_v4": {"attn_hc.fn": _STREAMS, "ffn_hc.fn": _STREAMS, "hc_head.hc_fn": _STREAMS},
+    "hy_v4": {"fn": _STREAMS, "hc_fn": _STREAMS},
+    "perceiver": {"latents": "the first hidden state itself, no product", "position_embeddings": _POSITIONS},
+    "reformer": {"position_embeddings.weights.*": _POSITIONS},
 }
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -134,12 +150,13 @@ def plan_model(model: nn.Module, config: OctavoConfig, *, within: str = "", stri
         _check_patterns(config, [name for group in names.values() for name in group])
     # Computed, not learned (sinusoidal positions): never in a checkpoint.
     unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    family = getattr(getattr(model, "config", None), "model_type", "")
+    configs = (getattr(module, "config", None) for module in model.modules())
+    families = {getattr(config, "model_type", None) or "" for config in configs}
     plan = Plan()
     for key, (name, *aliases) in names.items():
         module, parameter = owners[key]
         count = parameter.numel()
-        kept = kept_in_float(module, name, parameter, family)
+        kept = kept_in_float(module, name, parameter, families)
         if unsaved.issuperset((name, *aliases)):
             plan.other[name] = "computed, not learned: never in a checkpoint"
         elif (kept is None or kept.counts) and any(skipped(each) for each in (name, *aliases)):
@@ -173,13 +190,15 @@ class Kept(NamedTuple):
     counts: bool = False
 
 
-def kept_in_float(module: nn.Module, name: str, parameter: torch.Tensor, family: str = "") -> Kept | None:
+def kept_in_float(
+    module: nn.Module, name: str, parameter: torch.Tensor, families: Iterable[str] = ()
+) -> Kept | None:
     """Why a parameter stays in float; None if it is quantized.
 
     Args:
         module: the module that owns it.
         name: its name in the model.
-        family: the model's type, which `KEEP_IN_FLOAT` may mention ("llama").
+        families: types of the model and of models inside it, which `KEEP_IN_FLOAT` may mention ("llama").
     """
     if not parameter.is_floating_point():
         return Kept("no float")
@@ -188,8 +207,8 @@ def kept_in_float(module: nn.Module, name: str, parameter: torch.Tensor, family:
         return Kept("a vector")
     if isinstance(module, CONVOLUTIONS):
         return Kept("a convolution")
-    for patterns in (KEEP_IN_FLOAT["*"], KEEP_IN_FLOAT.get(family, {})):
-        for pattern, why in patterns.items():
+    for family in ("*", *families):
+        for pattern, why in KEEP_IN_FLOAT.get(family, {}).items():
             if fnmatch.fnmatchcase(f".{name}", f"*.{pattern}"):
                 return Kept(why)
     if len(parameter.shape) > 3:

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import OctavoConfig as PlainConfig
 from ..config import stored_block_size
-from ..model import Plan, dequantize_model, plan_model
+from ..model import Entry, Plan, dequantize_model, plan_model
 from ..quantizer import Packed
 from ..tensor import SUFFIXES, OctavoTensor, pack
 from .peft import keep_frozen_out_of_adapters
@@ -98,6 +98,7 @@ class OctavoHfQuantizer(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}
         self.leaves: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
+        self.dtype = torch.get_default_dtype()
         self._read_in_float32: set[str] = set()
         self._errors: list[str] = []
 
@@ -117,6 +118,7 @@ class OctavoHfQuantizer(HfQuantizer):
         self.dtypes = _computing_types(model, names, dtype or torch.get_default_dtype())
         self.leaves = {name.rpartition(".")[2] for name in names}
         self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+        self.dtype = dtype or torch.get_default_dtype()
         if not self.pre_quantized:
             # transformers casts to the asked type before the quantizing op, and rounding float32 to bfloat16 costs as much as 8
             # bits do. Its plan of what stays in float32 is the way to read these parameters unrounded.
@@ -169,9 +171,13 @@ class OctavoHfQuantizer(HfQuantizer):
         operations = getattr(converter, "operations", ())
         return None if any(isinstance(operation, Deserialize) for operation in operations) else dtype
 
-    def _entry(self, name: str):
+    def _entry(self, name: str) -> Entry:
         entries = self.plan.entries
-        return entries.get(name) or next(entry for entry in entries.values() if name in entry.aliases)
+        if name in entries:
+            return entries[name]
+        # A version of Octavo with fewer entries in `KEEP_IN_FLOAT` may have written it: what is stored counts.
+        plain = Entry(name, tuple(self.shapes[name]), transposed=False)
+        return next((entry for entry in entries.values() if name in entry.aliases), plain)
 
     def _parameter(self, weight: OctavoTensor) -> nn.Parameter:
         parameter: Any = nn.Parameter(weight, requires_grad=False)
@@ -209,7 +215,7 @@ class OctavoHfQuantizer(HfQuantizer):
             raise ValueError(
                 f"{name}: the checkpoint lacks {', '.join(f'{name}_{suffix}' for suffix in absent)}"
             )
-        if name not in self.dtypes:
+        if name not in self.shapes or name in self.plan.skipped:
             raise ValueError(
                 f"{name} is stored in 8 bits, but this model keeps it in float: the checkpoint and config.json differ"
             )
@@ -221,7 +227,7 @@ class OctavoHfQuantizer(HfQuantizer):
             )
             weight = OctavoTensor.from_packed(
                 Packed(qdata, absmax, code, block_size),
-                self.dtypes[name],
+                self.dtypes.get(name, self.dtype),
                 entry.transposed,
                 self.quantization_config.codebook,
             )
