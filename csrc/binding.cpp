@@ -47,6 +47,17 @@ void linear(Address qdata, Address absmax, bool half, Address code, int64_t rows
                  tokens, at<const void>(bias), type_of(bias_type), at<void>(out), threads);
 }
 
+// False, and nothing done, where the kernels do not have it for such a matrix.
+bool linear_many(Address qdata, Address absmax, bool half, Address code, int64_t rows, int64_t columns, int64_t block,
+                 Address x, int64_t tokens, Address bias, int bias_type, Address out, int threads) {
+  nb::gil_scoped_release released;
+  const octavo::Matrix m = matrix(qdata, absmax, half, code, rows, columns, block);
+  if (!octavo::has_many(kernels(), m)) return false;
+  octavo::linear_many(kernels(), m, at<const void>(x), tokens, at<const void>(bias), type_of(bias_type), at<void>(out),
+                      threads);
+  return true;
+}
+
 void linear_transposed(Address qdata, Address absmax, bool half, Address code, int64_t rows, int64_t columns,
                        int64_t block, Address x, int type, int64_t tokens, Address out, int threads) {
   nb::gil_scoped_release released;
@@ -117,6 +128,7 @@ void choose(const std::string& name) {
 NB_MODULE(_native, m) {
   m.doc() = "Octavo's CPU kernels on raw pointers; use octavo.ops.";
   m.def("linear", &linear);
+  m.def("linear_many", &linear_many);
   m.def("linear_transposed", &linear_transposed);
   m.def("dequantize", &dequantize);
   m.def("embedding", &embedding);

@@ -11,9 +11,11 @@
 #if defined(__GNUC__)
 #define OCTAVO_INLINE inline __attribute__((always_inline))
 #define OCTAVO_PREFETCH(p) __builtin_prefetch(p)
+#define OCTAVO_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #else
 #define OCTAVO_INLINE inline
 #define OCTAVO_PREFETCH(p) ((void)0)
+#define OCTAVO_PREFETCH_L2(p) ((void)0)
 #endif
 
 namespace octavo {

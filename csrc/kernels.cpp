@@ -15,7 +15,7 @@ namespace {
 
 #if defined(OCTAVO_X86)
 struct Features {
-  bool avx2 = false, avx512 = false, vbmi = false, bf16 = false;
+  bool avx2 = false, avx512 = false, vbmi = false, bf16 = false, amx = false;
   char words[160] = "";
 
   Features() {
@@ -23,7 +23,8 @@ struct Features {
     const Registers one = leaf(1, 0);
     const bool fma = one.c >> 12 & 1, f16c = one.c >> 29 & 1, os_saves = one.c >> 27 & 1;
     if (highest < 7 || !os_saves) return;
-    // The operating system must save the registers: XCR0 bits 1-2 for AVX, 5-7 for AVX-512.
+    // The operating system must save the registers: XCR0 bits 1-2 for AVX, 5-7 for AVX-512, 17-18
+    // for tiles.
     const unsigned saved = saved_state();
     const Registers seven = leaf(7, 0);
     avx2 = (saved & 6u) == 6u && (seven.b >> 5 & 1) && fma && f16c;
@@ -31,10 +32,12 @@ struct Features {
     avx512 = avx2 && (saved & 0xe6u) == 0xe6u && f && dq && bw && vl;
     vbmi = avx512 && (seven.c >> 1 & 1) && (seven.c >> 11 & 1);
     bf16 = vbmi && (leaf(7, 1).a >> 5 & 1);
+    amx = bf16 && (saved & 0x60000u) == 0x60000u && (seven.d >> 22 & 1);
     add(avx2, "avx2, fma, f16c");
     add(avx512, "avx512f, avx512bw, avx512dq, avx512vl");
     add(vbmi, "avx512_vbmi, avx512_vnni");
     add(bf16, "avx512_bf16");
+    add(amx, "amx_bf16");
   }
 
  private:

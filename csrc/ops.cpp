@@ -139,6 +139,63 @@ void linear(const Kernels& k, const Matrix& matrix, const void* x, DType type, i
   });
 }
 
+// Rows of a task: of all multiples of 16, the largest that leaves the busiest thread the fewest rows.
+int64_t many_rows(int64_t rows, int64_t threads) {
+  int64_t best = kManyRows, least_rows = std::numeric_limits<int64_t>::max();
+  for (int64_t step = kManyRows; step > 0; step -= 16) {
+    const int64_t busiest = ceil_div(ceil_div(rows, step), threads) * step;
+    if (busiest < least_rows) {
+      best = step;
+      least_rows = busiest;
+    }
+  }
+  return best;
+}
+
+bool has_many(const Kernels& k, const Matrix& matrix) { return k.many && parts_of(packed(matrix).scales) <= 4; }
+
+void linear_many(const Kernels& k, const Matrix& matrix, const void* x, int64_t tokens, const void* bias, DType bias_type,
+                 void* out, int threads) {
+  const Packed w = packed(matrix);
+  if (tokens == 0 || w.rows == 0) return;
+  static thread_local Scratch values_memory, bias_memory;
+  const int64_t panels = ceil_div(w.columns, kManyColumns);
+  uint16_t* values = values_memory.get<uint16_t>(panels * tokens * kManyColumns);
+  const Split copies(tokens, w.columns, threads);
+  parallel(copies.tasks, copies.threads, [&](int64_t task, int) {
+    for (int64_t m = task * copies.step; m < std::min((task + 1) * copies.step, tokens); m++)
+      for (int64_t p = 0; p < panels; p++) {
+        uint16_t* target = values + (p * tokens + m) * kManyColumns;
+        const int64_t first = p * kManyColumns, count = std::min(kManyColumns, w.columns - first);
+        std::memcpy(target, static_cast<const char*>(x) + (m * w.columns + first) * 2, static_cast<size_t>(count) * 2);
+        std::fill(target + count, target + kManyColumns, uint16_t{0});
+      }
+  });
+  const ManyTokens input{tokens, values};
+  Table table;
+  k.prepare(matrix.code, false, table);
+  Output output{out, kBFloat16, w.rows, nullptr};
+  if (bias) {
+    float* wide = bias_memory.get<float>(padded(w.rows));
+    k.widen(bias, bias_type, 1, w.rows, wide);
+    output.bias = wide;
+  }
+  const int64_t work = w.rows * std::max<int64_t>(1, w.columns);
+  const int used = static_cast<int>(std::clamp<int64_t>(work / kThreadWeights, 1, std::max(1, threads)));
+  const int64_t step = many_rows(w.rows, used), tasks = ceil_div(w.rows, step);
+  parallel(tasks, used, [&](int64_t task, int) {
+    static thread_local Scratch memory;
+    constexpr int64_t group = 4 * kManyScaled / kChunk * 16, scales = kManyRows / 16 * group;
+    constexpr int64_t panel = kManyColumns * kManyPanel / 2;
+    const int64_t partial = kManyRows * std::min(tokens, kManyTokens);
+    float* start = memory.get<float>(scales + group + panel + partial);
+    const ManyScratch scratch{start, start + scales, start + scales + group + panel,
+                              reinterpret_cast<uint16_t*>(start + scales + group)};
+    const int64_t row0 = task * step;
+    k.many(w, table, input, row0, std::min(row0 + step, w.rows), output, scratch);
+  });
+}
+
 void linear_transposed(const Kernels& k, const Matrix& matrix, const void* x, DType type, int64_t tokens, void* out,
                        int threads) {
   const Packed w = packed(matrix);

@@ -23,6 +23,13 @@ struct Weight {
 void linear(const Kernels&, const Matrix&, const void* x, DType type, int64_t tokens, const void* bias, DType bias_type,
             void* out, int threads);
 
+// Whether these kernels have `linear_many` for such a matrix.
+bool has_many(const Kernels&, const Matrix&);
+
+// As `linear`, x and out of bfloat16, for many tokens.
+void linear_many(const Kernels&, const Matrix&, const void* x, int64_t tokens, const void* bias, DType bias_type, void* out,
+                 int threads);
+
 // out [tokens, columns] = x [tokens, rows] W, out in x's type.
 void linear_transposed(const Kernels&, const Matrix&, const void* x, DType type, int64_t tokens, void* out, int threads);
 

@@ -38,6 +38,8 @@ struct alignas(64) Table {
   float code[256];
   // The bits of `code`: plane p holds byte p of every entry (AVX-512 VBMI), word plane p holds 16 bits (AVX-512 BW).
   uint8_t bytes[4][256];
+  // The upper three of the code rounded to 24 bits.
+  uint8_t rounded[3][256];
   uint16_t words[2][256];
   // Fixed point: code ≈ fixed * fixed_unit with |fixed| <= 16383, and the bytes of `fixed`.
   int16_t fixed[256];
@@ -60,6 +62,25 @@ struct Tokens {
   // Fixed point: 16-bit integers in the order the kernel decodes a chunk in, and one float32 unit a chunk.
   const int16_t* fixed;   // [count, stride]
   const float* units;     // [count, stride / 64]
+};
+
+// Input of a product of many tokens: bfloat16 [columns / kManyColumns, count, kManyColumns], zero after the matrix' columns.
+// What a panel meets lies together: rows of x thousands of bytes apart would share few sets of the caches.
+struct ManyTokens {
+  int64_t count;
+  const uint16_t* values;
+};
+
+// A product of many tokens takes tasks of kManyRows rows, in panels of kManyPanel rows and kManyColumns columns, and keeps the sums
+// of kManyTokens tokens.
+// Scales are read for kManyScaled columns at a time.
+constexpr int64_t kManyPanel = 48, kManyRows = 2 * kManyPanel, kManyColumns = 256, kManyScaled = 2048, kManyTokens = 512;
+
+struct ManyScratch {
+  float* scales;     // [kManyRows / 16, 4 kManyScaled / 64, 16]: sixteen rows side by side, 4 to a chunk at most
+  float* buffer;     // [16, 4 kManyScaled / 64]
+  float* partial;    // [kManyRows, tokens]: sums over the columns so far
+  uint16_t* panel;   // [kManyColumns / 2, kManyPanel, 2]
 };
 
 struct Output {
@@ -92,6 +113,10 @@ struct Kernels {
   void (*dot)(const Packed&, const Table&, const Tokens&, int64_t row0, int64_t row1, const Output&, float* scratch);
   void (*dot_fixed)(const Packed&, const Table&, const Tokens&, int64_t row0, int64_t row1, const Output&,
                     float* scratch);
+
+  // out = x Wᵀ + bias in bfloat16 for rows [row0, row1), kManyRows at most. Null: not supported.
+  void (*many)(const Packed&, const Table&, const ManyTokens&, int64_t row0, int64_t row1, const Output&,
+               const ManyScratch&);
 
   // sums[m, k - col0] += sum_n x[m, n] * weight[n, k] for all rows and columns [col0, col1); col0 a multiple of 64.
   void (*transposed)(const Packed&, const Table&, const float* x, int64_t x_stride, int64_t tokens, int64_t col0,

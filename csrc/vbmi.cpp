@@ -6,6 +6,9 @@
 // give 16-bit fixed point, four planes exact float32; unpacking interleaves them.
 #include "kernels.h"
 #include "simd512.h"
+#if defined(OCTAVO_BF16)
+#include "many_bf16.h"
+#endif
 
 namespace octavo {
 namespace {
@@ -30,6 +33,10 @@ void prepare_bytes(const float* code, bool fixed, Table& t) {
     const __m512i bits = _mm512_loadu_si512(code + i);
     for (int p = 0; p < 4; p++)
       _mm_store_si128(reinterpret_cast<__m128i*>(t.bytes[p] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 8 * p)));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x80));
+    for (int p = 0; p < 3; p++)
+      _mm_store_si128(reinterpret_cast<__m128i*>(t.rounded[p] + i),
+                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(rounded, 8 * p + 8)));
   }
 }
 
@@ -84,6 +91,29 @@ struct Vbmi : Simd512 {
   static OCTAVO_INLINE __m512i madd(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
 #if defined(OCTAVO_BF16)
+  // For what is rounded to bfloat16 next, three bytes do.
+  struct RoundedCodes {
+    __m512i plane[3][4];
+  };
+  static OCTAVO_INLINE RoundedCodes load_rounded_codes(const Table& t) {
+    RoundedCodes codes;
+    for (int p = 0; p < 3; p++)
+      for (int i = 0; i < 4; i++) codes.plane[p][i] = _mm512_load_si512(t.rounded[p] + 64 * i);
+    return codes;
+  }
+  // out[j] holds, in its 128-bit lane L, the values of indices 16 L + 4 j to 16 L + 4 j + 3.
+  static OCTAVO_INLINE void decode_rounded(const RoundedCodes& codes, __m512i i, V (&out)[4]) {
+    const __mmask64 upper = _mm512_movepi8_mask(i);
+    const __m512i b1 = look_up(codes.plane[0], i, upper), b2 = look_up(codes.plane[1], i, upper);
+    const __m512i b3 = look_up(codes.plane[2], i, upper), none = _mm512_setzero_si512();
+    const __m512i low0 = _mm512_unpacklo_epi8(none, b1), low1 = _mm512_unpackhi_epi8(none, b1);
+    const __m512i high0 = _mm512_unpacklo_epi8(b2, b3), high1 = _mm512_unpackhi_epi8(b2, b3);
+    out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low0, high0));
+    out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low0, high0));
+    out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low1, high1));
+    out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low1, high1));
+  }
+
   template <DType T>
   static OCTAVO_INLINE void store_chunk(void* out, int64_t i, const V (&v)[4]) {
     constexpr int kSubnormal = 0x20;
@@ -107,8 +137,13 @@ const Kernels& vbmi_bf16_kernels() {
 const Kernels& vbmi_kernels() {
   constexpr const char* name = "vbmi";
 #endif
+#if defined(OCTAVO_BF16)
+  constexpr auto many_tokens = many<Vbmi>;
+#else
+  constexpr auto many_tokens = nullptr;
+#endif
   static constexpr Kernels kernels{
-      name, prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, transposed<Vbmi>,
+      name, prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, many_tokens, transposed<Vbmi>,
       dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, count<Vbmi>};
   return kernels;
 }

@@ -127,6 +127,42 @@ def test_linear_is_as_exact_as_torch(isa, shape, tokens, dtype, scale_type, with
 
 
 @settings(FIXED, max_examples=25)
+@given(
+    st.integers(1, 300),
+    st.one_of(st.integers(1, 700), st.sampled_from([256, 512, 2048, 2050])),
+    st.sampled_from([16, 32, 64, 128, 2**40]),
+    st.one_of(st.integers(1, 40), st.just(515)),
+    st.booleans(),
+)
+def test_many_tokens_of_bfloat16(isa, rows, columns, block_size, tokens, with_bias):
+    """The product that vbmi_bf16 has for them, and what stands in elsewhere."""
+    qdata, absmax, code, generator = packed(rows, columns, block_size, tokens)
+    x = torch.randn(tokens, columns, generator=generator).to(torch.bfloat16)
+    bias = torch.randn(rows, generator=generator).to(torch.bfloat16) if with_bias else None
+    found = cpu.products._linear_many(x, qdata, absmax, code, min(block_size, columns), bias, tokens)
+    assert (found is not None) == (isa == "vbmi_bf16")
+    if found is None:
+        return
+    weight = exact(qdata, absmax, code, min(block_size, columns))
+    truth = x.double() @ weight.T + (0 if bias is None else bias.double())
+    check_close(found, truth, x, weight, torch.bfloat16)
+    dense = reference.dequantize(qdata, absmax, code, min(block_size, columns), torch.bfloat16)
+    torch_error = (torch.nn.functional.linear(x, dense, bias).double() - truth).norm()
+    # A few outputs may fall to the other side of a rounding.
+    assert (found.double() - truth).norm() <= torch_error * (1.01 if found.numel() > 4096 else 1.3) + 1e-9
+
+
+def test_many_tokens_need_blocks_of_sixteen():
+    qdata, absmax, code, generator = packed(40, 200, 100, 1)
+    x = torch.randn(9, 200, generator=generator).to(torch.bfloat16)
+    assert cpu.products._linear_many(x, qdata, absmax, code, 100, None, 9) is None
+    weight = exact(qdata, absmax, code, 100)
+    check_close(
+        cpu.linear_fast(x, qdata, absmax, code, 100), x.double() @ weight.T, x, weight, torch.bfloat16
+    )
+
+
+@settings(FIXED, max_examples=25)
 @given(shapes, st.integers(0, 12), st.sampled_from(FLOATS), st.sampled_from([torch.float16, torch.float32]))
 def test_linear_transposed_is_as_exact_as_torch(isa, shape, tokens, dtype, scale_type):
     rows, columns, block_size, seed = shape
@@ -148,7 +184,7 @@ def check_close(found, truth, x, weight, dtype):
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 100, 4096])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 33])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 33])
 def test_linear_error_against_float64(dtype, tokens, block_size):
     """float32: at most 1e-5. 16 bits: no worse than torch on the de-quantized weights in the same type."""
     torch.manual_seed(tokens)
@@ -282,6 +318,7 @@ def test_the_number_of_threads_changes_nothing(dtype):
             results.append(
                 (
                     cpu.linear_fast(x, qdata, absmax, code, 64),
+                    cpu.linear_fast(x.repeat(10, 1), qdata, absmax, code, 64),
                     cpu.linear_transposed_fast(grad, qdata, absmax, code, 64),
                     *cpu.quantize(weight, code, 64, torch.float16),
                     cpu.histogram(weight, 64, 8193, torch.float16),

@@ -105,6 +105,25 @@ void run(const Kernels& k, const Case& c, Random& random) {
     }
   expect(same, "linear", k, m, c.type);
 
+  if (c.type == kBFloat16 && has_many(k, m)) {
+    // More tokens than a tile, and once more than the sums kept at a time.
+    const int64_t many = random.whole(0, 20) ? random.whole(1, 40) : 520;
+    Guarded wide(bytes_of(c.type, many * c.columns), c.at_end), found(bytes_of(c.type, many * c.rows), c.at_end);
+    for (int64_t i = 0; i < many * c.columns; i++) put(wide.as<void>(), c.type, i, random.uniform(-1, 1));
+    linear_many(k, m, wide.as<void>(), many, bias.as<void>(), c.type, found.as<void>(), threads);
+    same = true;
+    for (int64_t t = 0; t < many; t++)
+      for (int64_t n = 0; n < c.rows; n++) {
+        double sum = get(bias.as<void>(), c.type, n);
+        for (int64_t i = 0; i < c.columns; i++)
+          sum += static_cast<double>(get(wide.as<void>(), c.type, t * c.columns + i)) *
+                 exact[static_cast<size_t>(n * c.columns + i)];
+        same = same && std::fabs(sum - get(found.as<void>(), c.type, t * c.rows + n)) <=
+                           tolerance * (1 + std::sqrt(static_cast<double>(c.columns)));
+      }
+    expect(same, "linear_many", k, m, c.type);
+  }
+
   linear_transposed(k, m, y.as<void>(), c.type, tokens, z.as<void>(), threads);
   same = true;
   for (int64_t t = 0; t < tokens; t++)

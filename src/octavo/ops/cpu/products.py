@@ -1,5 +1,7 @@
 """Products with a quantized matrix and with its transpose: fused for a few tokens, by panels of de-quantized rows for many.
 
+The panels are multiplied by PyTorch, or, for bfloat16 where the processor has instructions for it, by the kernels themselves.
+
 Shapes are those of `octavo.ops.schema`. `linear_fast` and `linear_transposed_fast` are for callers that have checked their
 tensors once and for all: no dispatcher, no checks, no gradient.
 
@@ -25,6 +27,13 @@ from .native import TYPES
 #   float16    8: 0.41 / 1.3    24: 1.2 / 2.4     32: 1.6 / 3.1, and so on in proportion (panels in float32: PyTorch's float16
 #              takes 9.5 at 32)
 _FUSED_TOKENS = {torch.bfloat16: 14, torch.float32: 32, torch.float16: 1 << 40}
+# The same in bfloat16 where the kernels have a product of many tokens (csrc/many_bf16.h), against that. Measured on one core of a
+# Zen 5, cycles for 64 weights, fused against many, from cache: 8: 26.5 / 25.5, 16: 53 / 34; from memory: 8: 26 / 31.
+_FUSED_TOKENS_BEFORE_MANY = 8
+# Most tokens for that product. It takes all; but not on processors with matrix tiles (AMX), which PyTorch uses and these kernels
+# do not: there panels take over at what its packing of a panel costs, an estimate that is not measured.
+_MANY_TOKENS = 1 << 40
+_MANY_TOKENS_TILES = 32
 # The same for avx2, neon and portable, where looking a code up costs more: on avx2, 2048 x 2048, bfloat16, one core of a Zen 5:
 # 4: 1.2 / 1.7   8: 2.3 / 1.9.
 _FUSED_TOKENS_SLOW = 4
@@ -55,10 +64,18 @@ _PANEL_TYPES = _panel_types()
 def _fused_tokens() -> dict[torch.dtype, int]:
     if native.library is None or native.library.active() in ("avx2", "neon", "portable"):
         return dict.fromkeys(TYPES, _FUSED_TOKENS_SLOW)
+    if native.library.active() == "vbmi_bf16":
+        return _FUSED_TOKENS | {torch.bfloat16: _FUSED_TOKENS_BEFORE_MANY}
     return _FUSED_TOKENS
 
 
+def _many_tokens() -> int:
+    tiles = native.library is not None and "amx_bf16" in native.library.cpu_features()
+    return _MANY_TOKENS_TILES if tiles else _MANY_TOKENS
+
+
 FUSED_TOKENS = _fused_tokens()
+MANY_TOKENS = _many_tokens()
 
 
 def linear_fast(x, qdata, absmax, code, block_size, bias=None):
@@ -70,31 +87,49 @@ def linear_fast(x, qdata, absmax, code, block_size, bias=None):
         return out if bias is None else out + bias.to(dtype)
     tokens = x.numel() // columns
     if tokens > FUSED_TOKENS[dtype]:
+        if dtype is torch.bfloat16 and tokens <= MANY_TOKENS:
+            out = _linear_many(x, qdata, absmax, code, block_size, bias, tokens)
+            if out is not None:
+                return out
         return _linear_panels(x, qdata, absmax, code, block_size, bias)
     out = torch.empty((*x.shape[:-1], rows), dtype=dtype)
     # A name for each, so that a copy lives as long as its address is used.
     x, qdata, absmax, code = x.contiguous(), qdata.contiguous(), absmax.contiguous(), code.contiguous()
-    bias_pointer = bias_type = 0
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_pointer, bias_type = bias.data_ptr(), TYPES[bias.dtype]
+    bias, *bias_arguments = _bias(bias)
     native.library.linear(
-        qdata.data_ptr(),
-        absmax.data_ptr(),
-        absmax.dtype is torch.float16,
-        code.data_ptr(),
-        rows,
-        columns,
-        block_size,
+        *native.matrix(qdata, absmax, code, block_size),
         x.data_ptr(),
         TYPES[dtype],
         tokens,
-        bias_pointer,
-        bias_type,
+        *bias_arguments,
         out.data_ptr(),
         torch.get_num_threads(),
     )
     return out
+
+
+def _bias(bias):
+    """A bias, contiguous, and its address and type for the native functions."""
+    if bias is None:
+        return None, 0, 0
+    bias = bias.contiguous()
+    return bias, bias.data_ptr(), TYPES[bias.dtype]
+
+
+def _linear_many(x, qdata, absmax, code, block_size, bias, tokens):
+    """Many tokens of bfloat16 in one native call, or None where the kernels or the blocks do not allow it."""
+    out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype)
+    x, qdata, absmax, code = x.contiguous(), qdata.contiguous(), absmax.contiguous(), code.contiguous()
+    bias, *bias_arguments = _bias(bias)
+    done = native.library.linear_many(
+        *native.matrix(qdata, absmax, code, block_size),
+        x.data_ptr(),
+        tokens,
+        *bias_arguments,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out if done else None
 
 
 def _panel_rows(columns: int, dtype: torch.dtype) -> int:
