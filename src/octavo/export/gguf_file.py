@@ -198,9 +198,14 @@ class _Export:
         if self.type == GGMLQuantizationType.Q8_0:
             writer.add_quantization_version(GGML_QUANT_VERSION)
         rows = next(target.shape[0] for target in self.targets if target.name == "token_embd.weight")
-        pieces = self.source.folder / "tokenizer.model"
-        sentencepiece = pieces if pieces.exists() and self.source.kind != "gguf" else None
-        return add_vocabulary(writer, self.tokenizer, self.source.config, rows, sentencepiece)
+        options: dict[str, Any] = {}
+        if self.source.kind == "gguf":
+            # transformers does not take it over into the tokenizer it makes of a GGUF.
+            source: Any = self.source
+            options["pre"] = source.header.metadata.get("tokenizer.ggml.pre")
+        elif (pieces := self.source.folder / "tokenizer.model").exists():
+            options["sentencepiece"] = pieces
+        return add_vocabulary(writer, self.tokenizer, self.source.config, rows, **options)
 
     def _type(self, target: Target) -> GGMLQuantizationType:
         if len(target.shape) == 1 or target.name.endswith(ALWAYS_F32) or not target.name.endswith(".weight"):

@@ -21,6 +21,7 @@ from ..checkpoint.adapters import is_embedding_adapter
 from ..checkpoint.names import Group, map_names, model_names
 from ..config import stored_block_size
 from ..model import holds_transpose
+from ..quantizer import Packed
 from ..tensor import SUFFIXES
 
 
@@ -40,7 +41,7 @@ class Parameters:
         self._packed: dict[str, str] = {}  # parameter → its name in the file, where it is in 8 bits there
         self._plain: dict[str, str] = {}
         self._groups: dict[str, Group] = {}
-        self._kept: tuple[str, torch.Tensor] | None = None
+        self._kept: tuple[str, torch.Tensor | Packed] | None = None
         if source.kind == "octavo":
             self._map_octavo()
         else:
@@ -99,36 +100,41 @@ class Parameters:
             float32 [n, in], or [n] for a vector.
         """
         home = self._homes[name]
-        if home in self._packed:
-            values = self._dequantized(self._packed[home], index, matrix)
+        value = self._read(home)
+        if isinstance(value, Packed):
+            qdata, absmax, code, block_size = value
+            if qdata.dim() == 3:
+                qdata, absmax, code = qdata[matrix], absmax[matrix], code[matrix]
+            values = ops.dequantize(qdata[index], absmax[index], code, block_size, torch.float32)
         else:
-            values = self._float(home)
-            if values.dim() == 3:
-                values = values[matrix]
-            if self._transposed(name):
-                values = values.mT
-            values = values[index].to(torch.float32)
+            if value.dim() == 3:
+                value = value[matrix]
+            values = (value.mT if self._transposed(name) else value)[index].to(torch.float32)
         return self._adapted(home, index, values)
 
-    def _dequantized(self, stored: str, index: torch.Tensor, matrix: int) -> torch.Tensor:
-        qdata, absmax, code = (self.source.read(f"{stored}_{suffix}") for suffix in SUFFIXES)
-        if qdata.dim() == 3:
-            qdata, absmax, code = qdata[matrix], absmax[matrix], code[matrix]
-        block_size = stored_block_size(qdata.shape[-1], absmax.shape[-1], self._configured_block_size())
-        return ops.dequantize(qdata[index], absmax[index], code, block_size, torch.float32)
-
-    def _configured_block_size(self) -> int:
-        return int(self.source.config["quantization_config"].get("block_size") or 64)
-
-    def _float(self, home: str) -> torch.Tensor:
-        """A parameter that is not packed. The last one is kept: its rows are asked for panel by panel."""
+    def _read(self, home: str) -> torch.Tensor | Packed:
+        """A parameter as it is stored. The last one is kept: its rows are asked for panel by panel."""
         if self._kept is None or self._kept[0] != home:
-            if home in self._plain:
-                value = self.source.read(self._plain[home])
-            else:
-                value = self._groups[home].realize(self.model, self.source.read)[home]
-            self._kept = (home, value)
+            self._kept = (home, self._read_packed(home) or self._read_float(home))
         return self._kept[1]
+
+    def _read_packed(self, home: str) -> Packed | None:
+        if home in self._packed:
+            qdata, absmax, code = (self.source.read(f"{self._packed[home]}_{suffix}") for suffix in SUFFIXES)
+            configured = int(self.source.config["quantization_config"].get("block_size") or 64)
+            return Packed(
+                qdata, absmax, code, stored_block_size(qdata.shape[-1], absmax.shape[-1], configured)
+            )
+        group = self._groups.get(home)
+        if group is None or group.converter is not None or group.source_names[0] not in self.source.quantized:
+            return None
+        # None where its blocks cannot be cut along rows: it is then de-quantized as a whole.
+        return self.source.read_packed(group.source_names[0])
+
+    def _read_float(self, home: str) -> torch.Tensor:
+        if home in self._plain:
+            return self.source.read(self._plain[home])
+        return self._groups[home].realize(self.model, self.source.read)[home]
 
     def _adapted(self, home: str, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`values` with the published adapter of their module, if it has one, added: scaling is 1."""

@@ -39,7 +39,13 @@ class Vocabulary:
 
 
 def add_vocabulary(
-    writer: GGUFWriter, tokenizer: Any, config: dict[str, Any], rows: int, sentencepiece: Path | None = None
+    writer: GGUFWriter,
+    tokenizer: Any,
+    config: dict[str, Any],
+    rows: int,
+    *,
+    sentencepiece: Path | None = None,
+    pre: str | None = None,
 ) -> Vocabulary:
     """Write a tokenizer's keys.
 
@@ -48,6 +54,7 @@ def add_vocabulary(
         config: the model's config.json, for the ids of special tokens that the tokenizer does not name.
         rows: of the embedding. Tokens are filled up to that number; those beyond it are left out with a warning.
         sentencepiece: its tokenizer.model, whose scores are taken; without, they follow from the order of merges.
+        pre: llama.cpp's name for its pre-tokenizer, where it is known; else it is found.
 
     Raises:
         ValueError: if llama.cpp has no such kind of tokenizer.
@@ -63,7 +70,7 @@ def add_vocabulary(
         )
     kind = "gpt2" if byte_level else "llama"
     tokens, types = _tokens(tokenizer, model, rows)
-    pre = _pre_tokenizer(tokenizer, model) if byte_level else "default"
+    pre = (pre or _pre_tokenizer(tokenizer, model)) if byte_level else "default"
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
