@@ -2,8 +2,8 @@
 
     python examples/lm_eval/make_data.py
 
-proverbios.jsonl: the first eight verses of each chapter. finales.jsonl, from verses of two halves ("...: mas ..."): the first half,
-four second halves of which one is its own, and its place among them.
+proverbios.jsonl: the first eight verses of each chapter. finales.jsonl: of verses with two halves ("...: mas ..."), the first,
+four second halves, of which one is its own, and its place among them.
 """
 
 import json
