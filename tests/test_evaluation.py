@@ -264,6 +264,11 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, damage, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="gives token 299, the model knows 100"):
+        measure(tiny_llama(100), [Tokens("a text", torch.arange(300), 300, 900)], 32, 16)
+
+
 def test_an_interrupted_run_leaves_no_file_and_keeps_the_old_one(tmp_path):
     path = tmp_path / "p"
     path.write_text("old")

@@ -247,6 +247,12 @@ def measure(
             no numbers.
     """
     check_causal(model)
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = max(int(each.ids.max()) for each in tokens)
+    if largest >= known:
+        raise ValueError(
+            f"{name}: the tokenizer gives token {largest}, the model knows {known}; the two do not belong together"
+        )
     if base is not None:
         base.check(tokens, window, stride)
     total = sum(each.scored for each in tokens)
