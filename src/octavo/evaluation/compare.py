@@ -268,8 +268,8 @@ def compare_model(
                 )
                 rows.append(_row(each, measured, reader, 8 * nbytes / weights, nbytes + rest, error))
         finally:
-            for name_, original in originals.items():
-                matrices[name_].data.copy_(original)
+            for each_name, original in originals.items():
+                matrices[each_name].data.copy_(original)
             del reader
     interval = statistics.interval(base.nll.numpy(), base.sizes)
     return FormatComparison(name, base, interval, weights, parameters, str(own).removeprefix("torch."), rows)
@@ -281,7 +281,7 @@ def _write_decoded(
     """Put what a format gives back in place of each matrix. Returns the bytes it takes, and its pooled error."""
     nbytes, error, power = 0, 0.0, 0.0
     for entry in plan.entries.values():
-        original = originals[entry.name].float()
+        original = originals[entry.name].to(matrices[entry.name].device).float()
         decoded, size = format(original, entry.transposed, entry.name)
         matrices[entry.name].data.copy_(decoded)
         nbytes += size
