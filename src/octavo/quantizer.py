@@ -53,7 +53,10 @@ def quantize_parameter(weight: torch.Tensor, config: OctavoConfig, name: str = "
         raise ValueError(
             f"{name}: expected a floating-point matrix or stack of matrices, found {weight.dtype} of shape {tuple(weight.shape)}"
         )
-    if not torch.isfinite(weight).all():
+    # One pass and no copy, which `isfinite` would take; both ends are NaN if any weight is.
+    low, high = torch.aminmax(weight.detach()) if weight.numel() else (torch.zeros(()), torch.zeros(()))
+    largest = max(-low.item(), high.item())
+    if not math.isfinite(largest):
         raise ValueError(
             f"{name} holds NaN or infinity: it cannot be quantized. Check the checkpoint, or leave this parameter in float "
             f"with skip=[{name!r}]"
@@ -61,7 +64,7 @@ def quantize_parameter(weight: torch.Tensor, config: OctavoConfig, name: str = "
     lead = weight.shape[:-2]
     matrices = weight.detach().reshape(-1, *weight.shape[-2:])
     scales = scale_dtype(matrices, config)
-    if scales == torch.float16 and matrices.numel() and matrices.abs().max() > ops.HALF_LARGEST:
+    if scales == torch.float16 and largest > ops.HALF_LARGEST:
         raise ValueError(
             f"{name} holds weights beyond {ops.HALF_LARGEST:g}, which float16 scales cannot hold: use scales='auto'"
         )
