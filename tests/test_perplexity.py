@@ -12,6 +12,12 @@ from octavo.evaluation.scoring import windows
 from .published import tiny_gptj
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_reproducible):
+    # Models so small that a second thread is only waited for.
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize(
     ("length", "window", "stride"), [(2, 8, 4), (8, 8, 4), (9, 8, 4), (40, 8, 3), (41, 16, 15)]
 )

@@ -148,7 +148,7 @@ def plot_tensors(items: Sequence[Item], path: str | Path) -> None:
     deepest = max((layer_of(item.name) or 0 for item in items), default=0)
     shown = None
     for row, group in enumerate(kinds.values()):
-        errors = [item.error for item in group]
+        errors = [item.error or 0.0 for item in group]
         layers = [layer_of(item.name) for item in group]
         axes.plot(
             [min(errors), max(errors)],
