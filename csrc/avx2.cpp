@@ -221,7 +221,7 @@ bool to_fixed256(const float* x, int64_t tokens, int64_t columns, float unit, in
 const Kernels& avx2_kernels() {
   static constexpr Kernels kernels{
       "avx2", prepare_steps, widen<Avx2>, narrow<Avx2>, to_fixed256, dot<Avx2>, dot_fixed<Avx2>, nullptr, transposed<Avx2>,
-      dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, count<Avx2>};
+      dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, deviate<Avx2>, count<Avx2>};
   return kernels;
 }
 

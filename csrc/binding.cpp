@@ -99,6 +99,17 @@ nb::object scale_range(Address weight, int type, int64_t rows, int64_t columns, 
   return finite ? nb::object(nb::make_tuple(smallest, largest)) : nb::none();
 }
 
+nb::tuple squared_error(Address weight, int type, Address qdata, Address absmax, bool half, Address code, int64_t rows,
+                        int64_t columns, int64_t block, int threads) {
+  double error = 0.0, power = 0.0;
+  {
+    nb::gil_scoped_release released;
+    octavo::squared_error(kernels(), at<const void>(weight), type_of(type),
+                          matrix(qdata, absmax, half, code, rows, columns, block), &error, &power, threads);
+  }
+  return nb::make_tuple(error, power);
+}
+
 bool histogram(Address weight, int type, int64_t rows, int64_t columns, int64_t block, int64_t bins, bool half,
                Address counts, int threads) {
   nb::gil_scoped_release released;
@@ -134,6 +145,7 @@ NB_MODULE(_native, m) {
   m.def("embedding", &embedding);
   m.def("quantize", &quantize);
   m.def("scale_range", &scale_range);
+  m.def("squared_error", &squared_error);
   m.def("histogram", &histogram);
   m.def("read_through", &read_through, "Read memory, to measure its bandwidth.");
   m.def("supported", &supported, "Names of the kernels this processor can run, best first.");

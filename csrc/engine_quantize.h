@@ -78,6 +78,59 @@ void encode(const void* weight, DType type, int64_t rows, int64_t columns, const
   }
 }
 
+// errors[n], powers[n]: sums over a row of (weight - code * scale)² and of weight².
+template <class S, int Parts>
+void deviate_rows(const void* weight, DType type, const Packed& w, const Table& table, int64_t row0, int64_t row1,
+                  float* errors, float* powers, float* scratch) {
+  constexpr int J = kChunk / S::L;
+  const typename S::Codes codes = S::load_codes(table);
+  const int64_t chunks = chunks_of(w.columns);
+  float* buffer = scratch;
+  float* scales = scratch + padded(w.columns);
+  float last[kChunk];
+  uint8_t tail[kChunk];
+  typename S::V v[J];
+  const typename S::V minus = S::set1(-1.0f);
+  for (int64_t n = row0; n < row1; n++) {
+    const float* row = float_row<S>(weight, type, n, w.columns, buffer);
+    expand_scales<S>(w.scales, n, w.columns, Parts, 0, chunks, scales);
+    typename S::V error = S::zero(), power = S::zero();
+    for (int64_t c = 0; c < chunks; c++) {
+      const int64_t left = least(w.columns - c * kChunk, kChunk);
+      const float* values = row + c * kChunk;
+      S::decode(codes, chunk_of(w.qdata + n * w.columns, c, w.columns, tail), v);
+      if (left < kChunk) {
+        for (int64_t k = 0; k < kChunk; k++) last[k] = k < left ? values[k] : 0.0f;
+        // The scales of the last part may reach beyond the row, whose padding decodes to a code that need not be zero.
+        float kept[kChunk];
+        for (int j = 0; j < J; j++) S::store(kept + j * S::L, v[j]);
+        for (int64_t k = left; k < kChunk; k++) kept[k] = 0.0f;
+        for (int j = 0; j < J; j++) v[j] = S::load(kept + j * S::L);
+        values = last;
+      }
+      for (int j = 0; j < J; j++) {
+        const typename S::V value = S::load(values + j * S::L);
+        const typename S::V difference = S::fma(S::mul(v[j], scale_of<S, Parts>(scales, c, j)), minus, value);
+        error = S::fma(difference, difference, error);
+        power = S::fma(value, value, power);
+      }
+    }
+    errors[n - row0] = S::sum(error);
+    powers[n - row0] = S::sum(power);
+  }
+}
+
+template <class S>
+void deviate(const void* weight, DType type, const Packed& w, const Table& table, int64_t row0, int64_t row1,
+             float* errors, float* powers, float* scratch) {
+  switch (parts_of(w.scales)) {
+    case 1: return deviate_rows<S, 1>(weight, type, w, table, row0, row1, errors, powers, scratch);
+    case 2: return deviate_rows<S, 2>(weight, type, w, table, row0, row1, errors, powers, scratch);
+    case 4: return deviate_rows<S, 4>(weight, type, w, table, row0, row1, errors, powers, scratch);
+    default: return deviate_rows<S, 64>(weight, type, w, table, row0, row1, errors, powers, scratch);
+  }
+}
+
 template <class S>
 void count(const void* weight, DType type, int64_t rows, int64_t columns, const Scales& s, const int64_t* masses,
            int64_t bins, int64_t* counts, float* scratch) {

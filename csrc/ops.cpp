@@ -325,6 +325,26 @@ bool scale_range(const Kernels& k, const Weight& weight, int64_t block, float* s
   return all.finite;
 }
 
+void squared_error(const Kernels& k, const void* weight, DType type, const Matrix& matrix, double* error, double* power,
+                   int threads) {
+  const Packed w = packed(matrix);
+  *error = *power = 0.0;
+  if (w.rows == 0 || w.columns == 0) return;
+  Table table;
+  k.prepare(matrix.code, false, table);
+  std::vector<float> errors(static_cast<size_t>(w.rows)), powers(errors.size());
+  const Split split(w.rows, w.columns, threads);
+  parallel(split.tasks, split.threads, [&](int64_t task, int) {
+    const int64_t row0 = task * split.step, row1 = std::min(row0 + split.step, w.rows);
+    k.deviate(weight, type, w, table, row0, row1, &errors[static_cast<size_t>(row0)], &powers[static_cast<size_t>(row0)],
+              kernel_scratch(w.columns));
+  });
+  for (size_t n = 0; n < errors.size(); n++) {
+    *error += errors[n];
+    *power += powers[n];
+  }
+}
+
 bool histogram(const Kernels& k, const Weight& weight, int64_t block, int64_t bins, bool half_scales, int64_t* counts,
                int threads) {
   const int64_t columns = weight.columns;

@@ -47,6 +47,10 @@ bool quantize(const Kernels&, const Weight&, const float* code, int64_t block, b
 // Smallest positive and largest scale (0, 0 where all weights are zero). False as for `quantize`.
 bool scale_range(const Kernels&, const Weight&, int64_t block, float* smallest, float* largest, int threads);
 
+// Sums of (weight - quantized weight)² and of weight², of a row in float32, of the rows in float64.
+void squared_error(const Kernels&, const void* weight, DType type, const Matrix&, double* error, double* power,
+                   int threads);
+
 // As octavo/ops/reference.py defines it → counts int64 [bins], overwritten. False as for `quantize`.
 bool histogram(const Kernels&, const Weight&, int64_t block, int64_t bins, bool half_scales, int64_t* counts,
                int threads);

@@ -110,7 +110,7 @@ struct Portable {
 const Kernels& portable_kernels() {
   static constexpr Kernels kernels{
       "portable", prepare_plain, widen<Portable>, narrow<Portable>, nullptr, dot<Portable>, nullptr, nullptr, transposed<Portable>,
-      dequantize<Portable>, absmax<Portable>, encode<Portable>, count<Portable>};
+      dequantize<Portable>, absmax<Portable>, encode<Portable>, deviate<Portable>, count<Portable>};
   return kernels;
 }
 

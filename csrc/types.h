@@ -134,6 +134,10 @@ struct Kernels {
   void (*encode)(const void* weight, DType type, int64_t rows, int64_t columns, const Scales&, const Search&,
                  uint8_t* qdata, float* scratch);
 
+  // Sums over each of the rows [row0, row1) of (weight - code * scale)² and of weight².
+  void (*deviate)(const void* weight, DType type, const Packed&, const Table&, int64_t row0, int64_t row1, float* errors,
+                  float* powers, float* scratch);
+
   // counts[bin of weight / scale] += mass of its block. scales, masses: [rows, per_row].
   void (*count)(const void* weight, DType type, int64_t rows, int64_t columns, const Scales&, const int64_t* masses,
                 int64_t bins, int64_t* counts, float* scratch);

@@ -105,6 +105,18 @@ def test_histogram_equals_the_reference(isa, shape, dtype, scale_type):
     assert torch.equal(cpu.histogram(weight, block_size, 8193, scale_type), expected)
 
 
+@settings(FIXED, max_examples=20)
+@given(shapes, st.sampled_from(FLOATS), st.sampled_from([torch.float16, torch.float32]))
+def test_squared_error(isa, shape, dtype, scale_type):
+    rows, columns, block_size, seed = shape
+    qdata, absmax, code, generator = packed(rows, columns, block_size, seed, scale_type)
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    error, power = cpu.squared_error(weight, qdata, absmax, code, block_size)
+    difference = weight.double() - exact(qdata, absmax, code, min(block_size, max(columns, 1)))
+    assert error == pytest.approx(difference.square().sum().item(), rel=1e-5)
+    assert power == pytest.approx(weight.double().square().sum().item(), rel=1e-5)
+
+
 @settings(FIXED, max_examples=25)
 @given(
     shapes,

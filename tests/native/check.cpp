@@ -163,6 +163,14 @@ void run(const Kernels& k, const Case& c, Random& random) {
   }
   expect(same, "quantize", k, m, c.type);
 
+  double error, power, expected = 0;
+  squared_error(k, weight.data, c.type, m, &error, &power, threads);
+  for (int64_t i = 0; i < weights; i++) {
+    const double difference = static_cast<double>(get(dense.as<void>(), c.type, i)) - exact[static_cast<size_t>(i)];
+    expected += difference * difference;
+  }
+  expect(std::fabs(error - expected) <= 1e-4 * expected + 1e-12, "squared_error", k, m, c.type);
+
   const int64_t bins = 257;
   Guarded counts(static_cast<size_t>(bins) * 8, true);
   float smallest, largest;

@@ -4,7 +4,7 @@
 | --- | --- |
 | `native` | the native module: loaded or not, which kernels, and why (`status`) |
 | `products` | `linear` and its transpose, and from how many tokens on they go which way |
-| `decode`, `encode` | `dequantize`, `embedding`; `quantize`, `histogram`, `scale_range` |
+| `decode`, `encode` | `dequantize`, `embedding`; `quantize`, `histogram`, `scale_range`, `squared_error` |
 | `bandwidth` | `read_bandwidth`, the measure that products of one token are held against |
 
 Importing this registers the operations. Without native kernels nothing is registered and the plain-PyTorch definitions stay in
@@ -20,7 +20,7 @@ from .. import reference
 from ..schema import implementation
 from .bandwidth import read_bandwidth
 from .decode import dequantize, embedding
-from .encode import histogram, quantize, scale_range
+from .encode import histogram, quantize, scale_range, squared_error
 from .native import AVAILABLE, ISA_VARIABLE, TYPES, status
 from .products import linear_fast, linear_transposed_fast
 
@@ -36,6 +36,7 @@ __all__ = [
     "quantize",
     "read_bandwidth",
     "scale_range",
+    "squared_error",
     "status",
 ]
 

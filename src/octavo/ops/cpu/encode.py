@@ -81,3 +81,15 @@ def histogram(weight, block_size, bins, absmax_dtype):
     if not finite:
         _raise_not_finite("histogram", weight)
     return counts
+
+
+def squared_error(weight, qdata, absmax, code, block_size) -> tuple[float, float]:
+    """Sums of (weight - quantized weight)² and of weight² over a matrix [N, K]: in float32 along a row, in float64 over rows."""
+    weight = _weight(weight)
+    qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
+    return native.library.squared_error(
+        weight.data_ptr(),
+        TYPES[weight.dtype],
+        *native.matrix(qdata, absmax, code, block_size),
+        torch.get_num_threads(),
+    )
