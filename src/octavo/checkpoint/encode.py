@@ -24,8 +24,9 @@ from .shards import ShardFile
 from .source import Source
 from .units import Output, Unit
 
-# Weights compared at a time when the error is measured: 16 MB in float32.
-PANEL_WEIGHTS = 1 << 22
+# Weights compared at a time when the error is measured: both panels, 1 MB each in float32, stay in a core's cache. Measured on
+# one core of a Zen 5, M weights/s: 256 K 1609, 1 M 1537, 4 M 822.
+PANEL_WEIGHTS = 1 << 18
 NOT_FINITE = (
     "{0} holds NaN or infinity, nothing was written: the checkpoint is damaged; or leave this parameter as it is "
     "with --skip {0}"
@@ -176,7 +177,7 @@ def _computable(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _squared_error(matrix: torch.Tensor, packed: Packed) -> tuple[float, float]:
-    """Sum of (w - ŵ)² and of w², accumulated in float64."""
+    """Sum of (w - ŵ)² and of w²: pairwise in float32 within a panel, in float64 from panel to panel."""
     if ops.cpu.AVAILABLE and matrix.device.type == "cpu":
         # One pass and no copies; otherwise this would take several times as long as quantizing.
         return ops.cpu.squared_error(matrix, packed.qdata, packed.absmax, packed.code, packed.block_size)
@@ -187,6 +188,6 @@ def _squared_error(matrix: torch.Tensor, packed: Packed) -> tuple[float, float]:
         panel = matrix[start : start + step].to(torch.float32)
         qdata, absmax = packed.qdata[start : start + step], packed.absmax[start : start + step]
         kept = ops.dequantize(qdata, absmax, packed.code, packed.block_size, torch.float32)
-        error += torch.linalg.vector_norm(panel - kept, dtype=torch.float64).item() ** 2
-        power += torch.linalg.vector_norm(panel, dtype=torch.float64).item() ** 2
+        error += kept.sub_(panel).square_().sum().item()
+        power += panel.square().sum().item()
     return error, power
