@@ -24,8 +24,7 @@ from .shards import ShardFile
 from .source import Source
 from .units import Output, Unit
 
-# Weights compared at a time when the error is measured: both panels, 1 MB each in float32, stay in a core's cache. Measured on
-# one core of a Zen 5, M weights/s: 256 K 1609, 1 M 1537, 4 M 822.
+# Weights compared at a time when the error is measured: both panels, 1 MB each in float32, stay in a core's cache.
 PANEL_WEIGHTS = 1 << 18
 NOT_FINITE = (
     "{0} holds NaN or infinity, nothing was written: the checkpoint is damaged; or leave this parameter as it is "
