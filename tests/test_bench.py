@@ -17,7 +17,7 @@ from benchmarks import conversion, cpu_report
 from octavo.benchmark import kernels, load, models, run, turns
 from octavo.benchmark.process import Worker, WorkerError
 from octavo.benchmark.timing import alternate, ratios, spread
-from octavo.cli import bench
+from octavo.cli.bench import _show
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -257,7 +257,7 @@ def test_a_whole_run_and_its_tables(measured, capsys):
     assert model["octavo"]["peak_bytes"] > 50 << 20 and model["octavo"]["ready_seconds"] > 0
     # The shape with most weights, and its block.
     assert [(k["rows"], k["columns"], k["block_size"]) for k in measured["kernels"]] == [(128, 64, 64)]
-    bench._show(measured)
+    _show(measured)
     shown = " ".join(capsys.readouterr().out.split())
     for expected in ("a processor", "128 x 64", "LlamaForCausalLM", "8 bits: ready after", "decode 4"):
         assert expected in shown
@@ -268,7 +268,7 @@ def test_a_model_without_a_peer_is_measured_alone(quantized, monkeypatch, capsys
     monkeypatch.setattr(run, "_too_large", lambda needed, place: "it is too large")
     found = run.measure(run.Options(model=str(quantized), tokens=2, prefill=4, quick=True, device="cpu"))
     assert found["model"]["peers"] == {} and len(found["model"]["alone"]["decode"]["octavo"]) >= 1
-    bench._show(found)
+    _show(found)
     assert "Left out: float32: it is too large." in " ".join(capsys.readouterr().out.split())
 
 
