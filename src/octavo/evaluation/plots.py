@@ -126,7 +126,7 @@ def plot_layers(layers: Sequence[LayerError], path: str | Path) -> None:
     axes.bar(positions, [each.error for each in outside + inside], color=colours, width=0.72)
     # Every layer's number where there is room, else every few.
     step = max(1, -(-len(inside) // 24))
-    labels = [each.name for each in outside]
+    labels = [each.name.rpartition(".")[2] for each in outside]
     labels += [str(each.layer) if i % step == 0 else "" for i, each in enumerate(inside)]
     axes.set_xticks(positions, labels)
     for label in axes.get_xticklabels()[: len(outside)]:

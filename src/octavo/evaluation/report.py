@@ -28,8 +28,8 @@ CAPTIONS = {
     "stands out is a candidate for --skip.",
     "error-by-tensor.png": "One dot a matrix; the colour is the layer's number.",
     "codebooks.png": "Each weight is stored as the nearest of 256 numbers (orange) times the scale of its block. A good codebook "
-    "is dense where the weights are; the spikes at ±1 are the largest weight of each block. The "
-    "largest matrix, and those with the largest, the median and the least error.",
+    "is dense where the weights are; the spikes at ±1 are the largest weight of each block. Among "
+    "them are the largest matrix and those with the largest, the median and the least error.",
 }
 
 
