@@ -1,5 +1,7 @@
 """Mixtures of experts: every implementation that transformers offers reaches the kernels, without a float copy of all experts."""
 
+import copy
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -62,11 +64,42 @@ def test_every_implementation_of_experts(kind, implementation, no_fallbacks):
         return out.detach(), gradient
 
     results = []
-    copy = min(4 * stack.numel() for stack in stacks)
-    assert largest_allocation(lambda: results.extend(run(eight))) < copy / 2
+    copied = min(4 * stack.numel() for stack in stacks)
+    assert largest_allocation(lambda: results.extend(run(eight))) < copied / 2
     assert octavo.fallbacks() == {}
     # The instrument sees what is to be avoided.
-    assert largest_allocation(lambda: stacks[0].dequantize()) >= copy
+    assert largest_allocation(lambda: stacks[0].dequantize()) >= copied
     twin = octavo.dequantize_model(eight)
     for found, expected in zip(results, run(twin), strict=True):
         assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_training_adapters_of_experts(kind, implementation, no_fallbacks):
+    """PEFT's LoRA on the experts: gradients of the plain model, and no float copy of all experts forward or backward."""
+    peft = pytest.importorskip("peft")
+    eight = octavo.quantize_model(model(kind))
+    stacks = [p for p in eight.parameters() if isinstance(p, octavo.OctavoTensor) and p.dim() == 3]
+    twin = octavo.dequantize_model(copy.deepcopy(eight))
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+    def adapted(each):
+        torch.manual_seed(1)
+        each.set_experts_implementation(implementation)
+        options = {"target_modules": [], "target_parameters": names, "init_lora_weights": False}
+        return peft.get_peft_model(each, peft.LoraConfig(r=2, **options))
+
+    def step(each):
+        each(input_ids=IDS, use_cache=False).logits.square().sum().backward()
+
+    eight, twin = adapted(eight), adapted(twin)
+    copied = min(4 * stack.numel() for stack in stacks)
+    assert largest_allocation(lambda: step(eight)) < copied / 2
+    step(twin)
+    expected = {name: p.grad for name, p in twin.named_parameters() if p.requires_grad}
+    found = {name: p.grad for name, p in eight.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys() and len(found) == 4
+    for name, gradient in found.items():
+        assert gradient.abs().max() > 0 and relative_error(gradient, expected[name]) < 1e-4, name

@@ -168,6 +168,11 @@ def bmm(input, mat2):
 
 @handles(torch.baddbmm, torch.Tensor.baddbmm)
 def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
+    if _is_stack(input) and beta == 1:
+        # PEFT adapts experts so.
+        from .tensor_adapted import adapted
+
+        return adapted(input, batch1, batch2, alpha)
     if beta != 1 or alpha != 1 or isinstance(input, OctavoTensor):
         return NotImplemented
     out = bmm(batch1, batch2)
