@@ -33,7 +33,6 @@ def byte_level_tokenizer(rule="gpt-2", vocabulary=VOCABULARY, bos=False):
     """Byte-level BPE with one of llama.cpp's pre-tokenizers; an added token in it, and one to be found in texts."""
     from tokenizers import (
         AddedToken,
-        Regex,
         Tokenizer,
         decoders,
         models,
@@ -43,12 +42,10 @@ def byte_level_tokenizer(rule="gpt-2", vocabulary=VOCABULARY, bos=False):
     )
     from transformers import PreTrainedTokenizerFast
 
-    from octavo.export.pretokenizers import IGNORING_MERGES, RULES
+    from octavo.export.pretokenizers import IGNORING_MERGES, pre_tokenizer
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=rule in IGNORING_MERGES))
-    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in RULES[rule] if cut is not None]
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=None in RULES[rule]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    tokenizer.pre_tokenizer = pre_tokenizer(rule)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 3,

@@ -8,7 +8,7 @@ import octavo
 from octavo import demo
 from octavo.checkpoint import convert, open_source
 from octavo.export import export_gguf, gguf_file
-from octavo.export.pretokenizers import RULES, find_pre_tokenizer
+from octavo.export.pretokenizers import RULES, find_pre_tokenizer, pre_tokenizer
 
 from .export_models import (
     VOCABULARY,
@@ -253,6 +253,11 @@ def test_a_rule_is_known_by_what_it_does(written, found):
     from tokenizers import pre_tokenizers
 
     assert find_pre_tokenizer(written(pre_tokenizers), ignore_merges=False) == found
+
+
+def test_llama_3s_rule_with_merges_has_another_name():
+    assert find_pre_tokenizer(pre_tokenizer("llama-bpe"), ignore_merges=True) == "llama-bpe"
+    assert find_pre_tokenizer(pre_tokenizer("llama-bpe"), ignore_merges=False) == "smaug-bpe"
 
 
 def test_rules_differ_on_the_probe():

@@ -57,14 +57,14 @@ IGNORING_MERGES = ("llama-bpe", "tekken")
 MERGING = {"llama-bpe": "smaug-bpe"}
 
 
-def find_pre_tokenizer(pre_tokenizer: Any, ignore_merges: bool) -> str | None:
+def find_pre_tokenizer(cutter: Any, ignore_merges: bool) -> str | None:
     """llama.cpp's name for a pre-tokenizer; None if it has none that cuts the same pieces.
 
     Args:
-        pre_tokenizer: of the tokenizers library, for byte-level BPE.
+        cutter: a pre-tokenizer of the tokenizers library, for byte-level BPE.
         ignore_merges: whether a piece that is itself a token is taken without merging.
     """
-    pieces = [piece for piece, _ in pre_tokenizer.pre_tokenize_str(PROBE)]
+    pieces = [piece for piece, _ in cutter.pre_tokenize_str(PROBE)]
     for name in RULES:
         if pieces == _pieces(name):
             if ignore_merges == (name in IGNORING_MERGES):
@@ -73,11 +73,20 @@ def find_pre_tokenizer(pre_tokenizer: Any, ignore_merges: bool) -> str | None:
     return None
 
 
-@cache
-def _pieces(name: str) -> list[str]:
+def pre_tokenizer(name: str) -> Any:
+    """The rule that llama.cpp calls `name`, as a pre-tokenizer of the tokenizers library.
+
+    Raises:
+        KeyError: if `RULES` does not have it.
+    """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
     steps: list[Any] = [Split(Regex(rule), "isolated") for rule in RULES[name] if rule is not None]
     steps.append(ByteLevel(add_prefix_space=False, use_regex=None in RULES[name]))
-    return [piece for piece, _ in Sequence(steps).pre_tokenize_str(PROBE)]
+    return Sequence(steps)
+
+
+@cache
+def _pieces(name: str) -> list[str]:
+    return [piece for piece, _ in pre_tokenizer(name).pre_tokenize_str(PROBE)]
