@@ -17,8 +17,6 @@ Example:
 
 import argparse
 import json
-import math
-import mmap
 import os
 import shutil
 import subprocess
@@ -36,6 +34,7 @@ from octavo.benchmark.timing import alternate, spread
 from octavo.config import OctavoConfig
 from octavo.quantizer import quantize_parameter
 
+from . import page_cache
 from .cpu_engines import SHAPES
 from .cpu_report import RESULTS, machine, save, table
 
@@ -117,44 +116,6 @@ def _normal(pool: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         count -= len(piece)
 
 
-def cached_share(files: list[Path]) -> float:
-    """Share of the files' pages that lie in the page cache."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    resident = pages = 0
-    for path in files:
-        size = path.stat().st_size
-        with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
-            count = math.ceil(size / mmap.PAGESIZE)
-            flags = (ctypes.c_ubyte * count)()
-            anchor = ctypes.c_char.from_buffer(mapped)
-            failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(size), flags)
-            del anchor
-            if failed:
-                raise OSError(
-                    ctypes.get_errno(), "mincore: the state of the page cache is read on Linux only"
-                )
-            resident += sum(memoryview(flags).cast("B").tobytes().translate(LOW_BIT))
-            pages += count
-    return resident / max(pages, 1)
-
-
-# mincore gives a byte a page, of which the lowest bit counts.
-LOW_BIT = bytes(value & 1 for value in range(256))
-
-
-def prepare_cache(files: list[Path], state: str) -> None:
-    """Drop the files from the page cache ("cold"), or read them all ("warm")."""
-    for path in files:
-        with path.open("rb") as file:
-            if state == "cold":
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
-                while file.read(1 << 26):
-                    pass
-
-
 def watched(command: list[str]) -> dict:
     """Run a command and watch it.
 
@@ -233,14 +194,15 @@ def convert(source: Path, out: Path, state: str, scratch: Path) -> dict:
     """One conversion, and a copy of the same files, both from the same state of the page cache."""
     files = sorted(source.glob("*.safetensors"))
     read = sum(path.stat().st_size for path in files)
-    prepare_cache(files, state)
-    result: dict = {"cache": state, "cached_before": cached_share(files), "read_bytes": read}
+    prepare = page_cache.drop if state == "cold" else page_cache.read
+    prepare(files)
+    result: dict = {"cache": state, "cached_before": page_cache.cached_share(files), "read_bytes": read}
     command = [sys.executable, "-m", "octavo", "quantize", str(source), str(out), "--overwrite"]
     result |= watched(command)
     result["written_bytes"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     shutil.rmtree(out)
-    prepare_cache(files, state)
-    result["copy_cached_before"] = cached_share(files)
+    prepare(files)
+    result["copy_cached_before"] = page_cache.cached_share(files)
     result["copy_seconds"] = copy_seconds(files, scratch)
     return result
 

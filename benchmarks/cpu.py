@@ -25,7 +25,7 @@ from octavo.benchmark.kernels import reading
 from octavo.benchmark.process import Worker
 from octavo.benchmark.turns import take_turns
 
-from . import cpu_kernels
+from . import cpu_kernels, page_cache
 from .cpu_engines import ENGINES, SHAPES
 from .cpu_report import RESULTS, file_stem, machine, save, show_models
 
@@ -43,8 +43,16 @@ READ_BYTES = 128 << 20
 
 
 def start(name: str, folder: Path) -> Worker:
-    """An engine of `benchmarks.cpu_engines` in a process of its own."""
+    """An engine of `benchmarks.cpu_engines` in a process of its own, its files laid out in the page cache as for any other."""
+    page_cache.in_huge_pages(files_of(name, folder))
     return Worker("benchmarks.cpu_engines:make", torch.get_num_threads(), name=name, folder=str(folder))
+
+
+def files_of(name: str, folder: Path) -> list[Path]:
+    """What an engine reads."""
+    if name == "llama.cpp":
+        return [folder / "model.gguf"]
+    return sorted((folder / ("octavo" if name == "octavo" else "dense")).iterdir())
 
 
 def memory_speed() -> Callable[[], float]:
@@ -76,6 +84,7 @@ def compare(octavo: Worker, name: str, folder: Path, options: argparse.Namespace
                 workers, what, tokens, rounds, extra=0 if slow else rounds, bandwidth=options.memory_speed
             )
         found["peak_bytes"] = peer.ask("peak_memory")
+        found["pages"] = peer.ask("page_kinds")
         return found
 
 
@@ -106,6 +115,7 @@ def run_models(options: argparse.Namespace) -> dict:
                 result["failed"][name] = str(error)
             save(f"models-{options.shape}", result, options.results)
         result["octavo"]["peak_bytes"] = octavo.ask("peak_memory")
+        result["octavo"]["pages"] = octavo.ask("page_kinds")
     return result
 
 

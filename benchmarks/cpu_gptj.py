@@ -126,17 +126,12 @@ def main() -> None:
     folder = options.folder / f"gptj-{options.format}-{options.layers}"
     checkpoint = folder / "octavo"
     write(checkpoint, options.format, options.layers)
-    size = 0
-    for file in checkpoint.iterdir():
-        # Reading it all is what makes the cache warm.
-        with file.open("rb") as opened:
-            while part := opened.read(1 << 26):
-                size += len(part)
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
     with start("octavo", folder) as worker:
         found = take_turns(
             {"octavo": worker}, "decode", options.decode, options.rounds, bandwidth=memory_speed()
         )
-        peak = worker.ask("peak_memory")
+        peak, pages = worker.ask("peak_memory"), worker.ask("page_kinds")
     rates = found["octavo"]
     result = {
         "machine": machine(),
@@ -144,6 +139,7 @@ def main() -> None:
         "layers": options.layers,
         "file_bytes": size,
         "peak_bytes": peak,
+        "pages": pages,
         "ready_seconds": worker.ready,
         "tokens_per_second": rates,
         "rounds": found,

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM
 
 import octavo
-from benchmarks import conversion, cpu_report
+from benchmarks import conversion, cpu_report, page_cache
 from octavo.benchmark import kernels, load, models, run, turns
 from octavo.benchmark.process import Worker, WorkerError
 from octavo.benchmark.timing import alternate, ratios, spread
@@ -142,6 +142,8 @@ def test_a_worker_answers_and_says_what_it_held():
     with Worker("collections:Counter", 1, a=2, b=3) as worker:
         assert worker.ask("total") == 5
         assert worker.ask("peak_memory") > 10 << 20
+        if sys.platform == "linux":
+            assert worker.ask("page_kinds")["all"] > 10 << 20
         assert worker.ready > 0
     assert worker.process.returncode == 0
 
@@ -328,9 +330,13 @@ def test_a_checkpoint_to_convert_has_the_size_asked_for_and_normal_weights(tmp_p
 @pytest.mark.skipif(sys.platform != "linux", reason="the page cache is asked for on Linux")
 def test_the_page_cache_is_what_is_said(tmp_path):
     path = tmp_path / "file"
-    path.write_bytes(os.urandom(1 << 20))
-    conversion.prepare_cache([path], "warm")
-    assert conversion.cached_share([path]) == 1.0
+    content = os.urandom(5 << 20)
+    path.write_bytes(content)
+    page_cache.read([path])
+    assert page_cache.cached_share([path]) == 1.0
+    page_cache.in_huge_pages([path])
+    assert page_cache.cached_share([path]) == 1.0
+    assert path.read_bytes() == content
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")

@@ -3,8 +3,8 @@
     python -m octavo.benchmark.process MODULE:NAME THREADS '{"argument": ...}'
 
 makes `engine = MODULE.NAME(argument=...)` and then answers requests on standard input, one JSON object a line:
-{"do": "decode", "with": {"tokens": 8}} → {"result": engine.decode(tokens=8)}; {"do": "peak_memory"} → {"result": bytes}. Its
-first line is {"result": null} once the engine is ready. An error is {"error": type, "message": text}, and ends it.
+{"do": "decode", "with": {"tokens": 8}} → {"result": engine.decode(tokens=8)}; "peak_memory" and "page_kinds" are the process's.
+Its first line is {"result": null} once the engine is ready. An error is {"error": type, "message": text}, and ends it.
 
 Example:
     >>> from octavo.benchmark.process import Worker
@@ -129,6 +129,24 @@ def peak_memory() -> int:
     return getattr(memory, "peak_wset", memory.rss)
 
 
+def page_kinds() -> dict[str, int]:
+    """Bytes of memory this process holds now, on Linux: "all", and in huge pages "anonymous_huge" and "file_huge"."""
+    rollup = Path("/proc/self/smaps_rollup")
+    fields = {"Rss": "all", "AnonHugePages": "anonymous_huge", "FilePmdMapped": "file_huge"}
+    if not rollup.exists():
+        return {}
+    found = {}
+    for line in rollup.read_text().splitlines()[1:]:
+        name, _, value = line.partition(":")
+        if name in fields:
+            found[fields[name]] = int(value.split()[0]) * 1024
+    return found
+
+
+# Requests that the process answers itself.
+OF_PROCESS = {"peak_memory": peak_memory, "page_kinds": page_kinds}
+
+
 def _serve(factory: str, threads: int, arguments: dict) -> None:
     # Answers go to the original standard output; whatever the libraries print does not get between them.
     answers = os.fdopen(os.dup(1), "w")
@@ -147,8 +165,8 @@ def _serve(factory: str, threads: int, arguments: dict) -> None:
         answer(result=None)
         for line in sys.stdin:
             request = json.loads(line)
-            if request["do"] == "peak_memory":
-                answer(result=peak_memory())
+            if request["do"] in OF_PROCESS:
+                answer(result=OF_PROCESS[request["do"]]())
             else:
                 answer(result=getattr(engine, request["do"])(**request["with"]))
     except Exception as error:
