@@ -184,7 +184,11 @@ def in_memory(rounds: int) -> dict[str, list[float]]:
         quantize_parameter(weight, config)
 
     seconds = alternate(
-        {f"{count} threads": lambda count=count: run(count) for count in sorted({1, threads})}, rounds
+        {
+            f"{count} thread{'s' * (count > 1)}": lambda count=count: run(count)
+            for count in sorted({1, threads})
+        },
+        rounds,
     )
     torch.set_num_threads(threads)
     return {name: [weight.numel() / s for s in values] for name, values in seconds.items()}

@@ -28,12 +28,13 @@ def _synchronize(device: torch.device) -> None:
 
 def step(model: Any, ids: torch.Tensor, past: Any) -> Any:
     """One pass over `ids` [1, n], with the logits of the last where the model can leave the others out."""
-    options = {"logits_to_keep": 1} if _keeps_logits(type(model)) else {}
+    model_class: Any = type(model)
+    options = {"logits_to_keep": 1} if _keeps_logits(model_class) else {}
     return model(ids, past_key_values=past, use_cache=True, **options)
 
 
 @cache
-def _keeps_logits(model_class: type) -> bool:
+def _keeps_logits(model_class: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
