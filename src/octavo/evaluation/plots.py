@@ -89,7 +89,7 @@ def plot_perplexity(
             capsize=4,
             linewidth=1.6,
             color=COLOURS[number % len(COLOURS)],
-            label=f"{_wrapped(point.name)}\n{point.bits:.2f} bits, {point.perplexity:.5g}",
+            label=f"{_wrapped(point.name)}\n{point.bits:.2f} bits, {point.perplexity:#.5g}",
         )
     if base is not None:
         axes.axhline(
@@ -97,7 +97,7 @@ def plot_perplexity(
             color=GREY,
             linewidth=1.4,
             linestyle="--",
-            label=f"{_wrapped(base[0])}\nbase, {base[1]:.5g}",
+            label=f"{_wrapped(base[0])}\nbase, {base[1]:#.5g}",
         )
         reference = base[1]
         change = axes.secondary_yaxis(
