@@ -110,7 +110,7 @@ def test_cuts_of_a_transposed_weight_run_along_stored_rows():
         lambda t: t[:, ::2],
         lambda t: t.chunk(2, 1)[1],
         lambda t: t.unsqueeze(0),
-        lambda t: t.view(3, 4, 100),
+        lambda t: t.view(3, 8, 50),
         lambda t: t.reshape(-1),
         lambda t: t[t > 1],
         lambda t: t[:, torch.tensor([1, 2])],

@@ -13,7 +13,7 @@ by function; `octavo.tensor_dispatch` gives what a tensor needs to live in PyTor
 changes). Any other operation de-quantizes first and runs as usual; each such fall-back is counted by name.
 
 Views run along stored rows (or whole blocks of them) and share storage. Any other view (`weight[:, 3:9]`,
-`weight.diagonal()`, `weight.view(4, -1, K)`) is a float copy: reading it is right, but a change made in it does not reach
+`weight.diagonal()`, `weight.view(-1, 2 * K)`) is a float copy: reading it is right, but a change made in it does not reach
 the weight. Assigning does: `weight[:, 3:9] = values`.
 
 Example:

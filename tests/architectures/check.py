@@ -20,7 +20,7 @@ import torch
 
 import octavo
 
-from .shrink import CannotShrink, small_config
+from .shrink import CannotShrink, default_configs, small_config
 
 LARGEST = 50_000_000
 IDS = torch.arange(10, 22)[None]
@@ -72,10 +72,11 @@ def plain_model(kind: str, task: str) -> Any:
         model = auto.from_config(config).float().eval()
     except Exception as error:
         raise PlainFailsError(f"cannot be built small: {_line(error)}") from error
+    computed = set(model._keys_to_ignore_on_save or ())
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             # What is initialized to zeros would hide mistakes.
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and name not in computed:
                 parameter += 0.02 * torch.randn_like(parameter)
     return model
 
@@ -183,7 +184,9 @@ def _check_generation(model: Any, twin: Any) -> str:
     """Greedy tokens, with a cache. Returns "yes", or what the plain model cannot."""
     if not twin.can_generate():
         return "no generation"
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
+    if twin.config.is_encoder_decoder:
+        options["decoder_start_token_id"] = 3
     try:
         expected = twin.generate(IDS, **options)
     except Exception as error:
@@ -231,17 +234,10 @@ def _adapter_gradients(model: Any) -> dict[str, torch.Tensor]:
 
 def full_size(kind: str, task: str) -> dict[str, Any]:
     """Coverage of the architecture in its own default size, without weights; {} if that cannot be built."""
-    from transformers import initialization
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     from octavo.model import plan_model
 
-    try:
-        config = CONFIG_MAPPING[kind]()
-        with torch.device("meta"), initialization.no_init_weights():
-            model = auto_class(task).from_config(config)
-        model.tie_weights()
-    except Exception:
+    model = _without_weights(kind, task)
+    if model is None:
         return {}
     plan = plan_model(model, octavo.OctavoConfig())
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -256,6 +252,24 @@ def full_size(kind: str, task: str) -> dict[str, Any]:
         "in_8_bits": done / total,
         "in_float": {why: count / total for why, count in sorted(reasons.items(), key=lambda item: -item[1])},
     }
+
+
+def _without_weights(kind: str, task: str) -> Any:
+    """A model of the architecture's default size on the meta device; None if transformers cannot build one."""
+    from transformers import initialization
+
+    configs = default_configs(kind, task)
+    while True:
+        try:
+            config = next(configs)
+            with torch.device("meta"), initialization.no_init_weights():
+                model = auto_class(task).from_config(config)
+        except StopIteration:
+            return None
+        except Exception:
+            continue
+        model.tie_weights()
+        return model
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ Example:
 
 import dataclasses
 import fnmatch
+from collections.abc import Iterator
 from typing import Any
 
 HIDDEN, HEADS, HEAD, WIDE, VOCABULARY = 128, 4, 32, 192, 320
@@ -72,17 +73,39 @@ def small_config(kind: str, task: str = "causal") -> Any:
     Raises:
         CannotShrink: if the configuration refuses it, saying why.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config_class = CONFIG_MAPPING[kind]
-    needs = dict(NEEDS.get(kind, {}))
-    names = {field.name for field in dataclasses.fields(config_class)}
-    if task == "causal" and "is_decoder" in names:
-        needs["is_decoder"] = True
+    config_class = _config_class(kind)
     try:
-        return shrunk(config_class, needs)
+        return shrunk(config_class, {**NEEDS.get(kind, {}), **_role(config_class, task)})
     except Exception as error:
         raise CannotShrink(f"{type(error).__name__}: {error}") from error
+
+
+def default_configs(kind: str, task: str) -> Iterator[Any]:
+    """The configuration of an architecture in its own size; then, should no model be made of that, with what it leaves open."""
+    config_class = _config_class(kind)
+    role = _role(config_class, task)
+    default = config_class(**role)
+    yield default
+    names = {field.name for field in dataclasses.fields(config_class)}
+    open_fields = {
+        name: value for name, value in OPEN.items() if name in names and getattr(default, name) is None
+    }
+    if "head_dim" in open_fields:
+        open_fields["head_dim"] = default.hidden_size // default.num_attention_heads
+    yield config_class(**{**open_fields, **role})
+    yield config_class(**{**NEEDS.get(kind, {}), **open_fields, **role})
+
+
+def _config_class(kind: str) -> type:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[kind]
+
+
+def _role(config_class: type, task: str) -> dict[str, Any]:
+    """What makes a decoder of a model that may also be an encoder."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {"is_decoder": True} if task == "causal" and "is_decoder" in names else {}
 
 
 def shrunk(config_class: type, needs: dict[str, Any]) -> Any:
@@ -192,6 +215,10 @@ def _cut_layers(fields: dict[str, Any], options: dict[str, Any]) -> None:
 
 # What an architecture needs besides, by its type or the type of a configuration inside it.
 NEEDS: dict[str, dict[str, Any]] = {
+    # Where the kinds of layers are made from other fields: one of each.
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     # Tables of hashed groups of bytes have half a million rows.
     "blt": {"encoder_hash_byte_group_vocab": 64},
     # Its default leaves out what its layers turn by.
@@ -209,6 +236,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     # Heads of the state, whose sizes multiply to twice the hidden one.
     "mamba2": {"num_heads": 8},
+    # Sizes under names of its own.
+    "perceiver": {"d_model": 128, "d_latents": 128, "num_latents": 16, "num_self_attends_per_block": 2},
     # The indexer has no defaults.
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
@@ -225,6 +254,8 @@ NEEDS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
         "hash_seed": 0,
     },
+    # Each stage doubles the width of the one before.
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "hidden_size": 64, "depths": [1] * 7},
     "xmod": {"default_language": "en_XX"},
     # Later hybrid layers share the first one's weights, so it takes two.
     "zamba": {
