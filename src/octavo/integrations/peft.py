@@ -64,7 +64,8 @@ def keep_frozen_out_of_adapters(model: Any) -> None:
     """
     for find in ("get_input_embeddings", "get_output_embeddings"):
         layer = getattr(model, find, lambda: None)()
-        if layer is not None and not getattr(layer, "_octavo_frozen_left_out", False):
+        # Perceiver's "embedding" is a bare parameter.
+        if isinstance(layer, nn.Module) and not getattr(layer, "_octavo_frozen_left_out", False):
             layer._octavo_frozen_left_out = True
             layer.register_state_dict_post_hook(_drop_frozen_weight)
 
