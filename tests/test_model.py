@@ -218,6 +218,56 @@ def test_experts_that_hold_inputs_as_rows():
     assert relative_error(model.up.dequantize(), dense) < 0.01
 
 
+# --- what a family of models keeps in float
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str):
+        super().__init__()
+        self.config = type("Config", (), {"model_type": kind})()
+        self.fn = nn.Parameter(torch.randn(64, 128))
+        self.mlp = nn.ModuleDict({"gate": nn.Linear(64, 128), "gate_proj": nn.Linear(64, 128)})
+        self.router = nn.ModuleDict({"classifier": nn.Linear(64, 128)})
+
+
+@pytest.mark.parametrize("kind", ["hy_v4", "other"])
+def test_what_a_family_keeps_in_float(kind):
+    """Entries of a family count in models that hold one of it, those of "*" in all; each has its reason."""
+    model = nn.ModuleDict({"part": Block(kind)})
+    plan = plan_model(model, OctavoConfig())
+    family = {"part.fn"} if kind == "hy_v4" else set()
+    assert set(plan.entries) == {"part.mlp.gate_proj.weight", "part.fn"} - family and plan.coverage == 1.0
+    kept = {name for name, why in plan.other.items() if why != "a vector"}
+    assert kept == {"part.mlp.gate.weight", "part.router.classifier.weight"} | family
+    assert all("router" in plan.other[name] for name in kept - family)
+
+
+def test_a_file_from_before_an_entry_was_made_still_loads(monkeypatch, tmp_path):
+    """What is stored in 8 bits is read in 8 bits, though this version would keep it in float."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=64,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    name = "model.layers.0.mlp.gate.weight"
+    assert name not in plan_model(model, OctavoConfig()).entries
+    with monkeypatch.context() as patch:
+        patch.setitem(octavo.model.KEEP_IN_FLOAT, "*", {})
+        octavo.quantize_model(model).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded.get_parameter(name), OctavoTensor)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 # --- the config
 
 
