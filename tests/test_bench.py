@@ -11,12 +11,14 @@ import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 import octavo
 from benchmarks import conversion, cpu_report, page_cache
 from octavo.benchmark import kernels, load, models, run, turns
 from octavo.benchmark.process import Worker, WorkerError
 from octavo.benchmark.timing import alternate, ratios, spread
+from octavo.cli import app
 from octavo.cli.bench import _show
 
 
@@ -272,6 +274,13 @@ def test_a_model_without_a_peer_is_measured_alone(quantized, monkeypatch, capsys
     assert found["model"]["peers"] == {} and len(found["model"]["alone"]["decode"]["octavo"]) >= 1
     _show(found)
     assert "Left out: float32: it is too large." in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_command_explains_its_options():
+    shown = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "120", "NO_COLOR": "1"})
+    assert shown.exit_code == 0
+    for option in ("--device", "--threads", "--tokens", "--prefill", "--quick", "--kernels-only", "--json"):
+        assert option in shown.output
 
 
 @pytest.mark.slow
