@@ -154,6 +154,16 @@ def test_measured_against_saved_predictions_equals_both_in_memory(tmp_path):
     assert sum(found.sizes) == 199 == found.perplexity.tokens
 
 
+@pytest.mark.parametrize("make", [tiny_gptj, tiny_llama])
+def test_a_model_is_indistinguishable_from_its_own_predictions(tmp_path, make):
+    text = tokens_of(400)
+    measure(make(), [text], 32, 12, save=tmp_path / "p")
+    base = LogitsReader(tmp_path / "p")
+    compared = module.compare_with(measure(make(), [text], 32, 12, base=base), base)
+    assert compared.verdict == "indistinguishable" and compared.divergence.top1_agreement == 1
+    assert abs(compared.difference.mean) < 1e-6 and compared.divergence.kl_max < 1e-9
+
+
 @pytest.mark.parametrize(
     ("kind", "kept"),
     [("large vocabulary", "states"), ("bent logits", "logits"), ("small", "logits"), ("8-bit", "states")],

@@ -207,7 +207,7 @@ def _show(found: Any) -> None:
         "model", f"{found.model}, {found.bits_per_weight:.2f} bits a weight, in {found.measured.dtype}"
     )
     table.add_row("perplexity", f"{result.perplexity:.4f}{between(found.perplexity_interval)}")
-    table.add_row("  per word", f"{result.word_perplexity:.2f}")
+    table.add_row("  per word", f"{result.word_perplexity:,.6g}")
     table.add_row("bits per byte", f"{result.bits_per_byte:.4f}")
     comparison = found.comparison
     if comparison is not None:

@@ -300,9 +300,9 @@ def _base_rows(base: LogitsReader, here: slice, logits: torch.Tensor, targets: t
             f"--logits {base.path}: made by a model with {base.about.vocabulary} tokens in its vocabulary, found "
             f"{logits.shape[1]}; the models must share one"
         )
-    theirs = base.rows(here.start, here.stop)
+    theirs = base.rows(here.start, here.stop, logits.device)
     base.check_rows(here.start, token_nll(theirs, targets))
-    return theirs.to(logits.device)
+    return theirs
 
 
 def compare_with(measured: Measurement, base: LogitsReader, seed: int = statistics.SEED) -> Comparison:

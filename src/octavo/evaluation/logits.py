@@ -187,7 +187,7 @@ class LogitsReader:
 
     Args:
         path: what `LogitsWriter` wrote.
-        device: where the logits are made; the head's matrix is put there.
+        device: where the logits are made, unless `rows` is told otherwise.
 
     Attributes:
         about: what they are of.
@@ -283,12 +283,20 @@ class LogitsReader:
                 f"{len(ours)}); give the same texts and limit, and a model with the same tokenizer"
             )
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Logits of the tokens scored from number `start` to before `stop`, [n, vocabulary], on `device`."""
+    def rows(self, start: int, stop: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """Logits of the tokens scored from number `start` to before `stop`, [n, vocabulary].
+
+        They are made on `device` (default: the reader's), where the head's matrix then stays.
+        """
+        self.device = torch.device(device or self.device)
         name = "logits" if self._head is None else "states"
         rows = self._file.get_slice(name)[start:stop].to(self.device)
+        if self._head is None:
+            return rows
+        self._head = self._head.to(self.device)
+        self._bias = None if self._bias is None else self._bias.to(self.device)
         with torch.inference_mode():
-            return rows if self._head is None else torch.nn.functional.linear(rows, self._head, self._bias)
+            return torch.nn.functional.linear(rows, self._head, self._bias)
 
     def check_rows(self, start: int, nll: torch.Tensor) -> None:
         """Raise ValueError unless the likelihoods that `rows` from `start` on give are those in the file."""

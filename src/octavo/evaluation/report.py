@@ -144,7 +144,7 @@ def _rows(found: Evaluation) -> list[tuple[str, str, str]]:
             if own
             else "a token",
         ),
-        ("Perplexity per word", f"{result.word_perplexity:.2f}", "comparable between tokenizers"),
+        ("Perplexity per word", f"{result.word_perplexity:,.6g}", "comparable between tokenizers"),
         ("Bits per byte", f"{result.bits_per_byte:.4f}", "comparable between tokenizers"),
     ]
     if found.bits_per_weight:
