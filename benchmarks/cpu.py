@@ -40,6 +40,8 @@ NEEDS = {
 SLOW = {"bnb-published"}
 # What is read before each turn to see whether the memory is disturbed; several times the caches of a small server's share.
 READ_BYTES = 128 << 20
+# Side of the float32 matrices that are multiplied for the clock; three of them stay in a core's cache.
+MATMUL = 256
 
 
 def start(name: str, folder: Path) -> Worker:
@@ -55,19 +57,27 @@ def files_of(name: str, folder: Path) -> list[Path]:
     return sorted((folder / ("octavo" if name == "octavo" else "dense")).iterdir())
 
 
-def memory_speed() -> Callable[[], float]:
-    """A function that reads the memory now: bytes a second, the best of three passes."""
+def probes() -> dict[str, Callable[[], float]]:
+    """What the machine delivers at the moment: bytes a second from memory, float32 operations a second in the caches."""
     read = reading(torch.device("cpu"), READ_BYTES)
+    a, b = torch.randn(MATMUL, MATMUL), torch.randn(MATMUL, MATMUL)
 
-    def speed() -> float:
+    def multiply() -> None:
+        for _ in range(50):
+            a @ b
+
+    def rate(run: Callable[[], object], amount: float) -> float:
         best = float("inf")
         for _ in range(3):
             started = time.perf_counter()
-            read()
+            run()
             best = min(best, time.perf_counter() - started)
-        return READ_BYTES / best
+        return amount / best
 
-    return speed
+    return {
+        "bandwidth": lambda: rate(read, READ_BYTES),
+        "compute": lambda: rate(multiply, 50 * 2 * MATMUL**3),
+    }
 
 
 def compare(octavo: Worker, name: str, folder: Path, options: argparse.Namespace) -> dict:
@@ -81,7 +91,7 @@ def compare(octavo: Worker, name: str, folder: Path, options: argparse.Namespace
         ):
             workers = {"octavo": octavo, "peer": peer}
             found[what] = take_turns(
-                workers, what, tokens, rounds, extra=0 if slow else rounds, bandwidth=options.memory_speed
+                workers, what, tokens, rounds, extra=0 if slow else rounds, probes=options.probes
             )
         found["peak_bytes"] = peer.ask("peak_memory")
         found["pages"] = peer.ask("page_kinds")
@@ -91,7 +101,7 @@ def compare(octavo: Worker, name: str, folder: Path, options: argparse.Namespace
 def run_models(options: argparse.Namespace) -> dict:
     folder = options.folder / options.shape
     _prepare(options.shape, folder)
-    options.memory_speed = memory_speed()
+    options.probes = probes()
     wanted = [name for name in options.engines or ENGINES if name != "octavo"]
     missing = [name for name in wanted if name in NEEDS and find_spec(NEEDS[name]) is None]
     result: dict = {

@@ -23,7 +23,7 @@ from octavo.benchmark.timing import spread
 from octavo.benchmark.turns import take_turns, undisturbed
 from octavo.ops import blocks_per_row
 
-from .cpu import memory_speed, start
+from .cpu import probes, start
 from .cpu_report import RESULTS, chosen, machine, save, table
 
 BLOCK, PUBLISHED_BLOCK = 64, 4096
@@ -128,9 +128,7 @@ def main() -> None:
     write(checkpoint, options.format, options.layers)
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     with start("octavo", folder) as worker:
-        found = take_turns(
-            {"octavo": worker}, "decode", options.decode, options.rounds, bandwidth=memory_speed()
-        )
+        found = take_turns({"octavo": worker}, "decode", options.decode, options.rounds, probes=probes())
         peak, pages = worker.ask("peak_memory"), worker.ask("page_kinds")
     rates = found["octavo"]
     result = {

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from octavo.benchmark import load
 from octavo.benchmark.timing import ratios, spread
-from octavo.benchmark.turns import undisturbed
+from octavo.benchmark.turns import best_of, undisturbed
 from octavo.cli.doctor import processor_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -95,9 +95,7 @@ def _cell(values: list[float], form: str) -> str:
 def show_models(result: dict, folder: Path) -> None:
     """Print the table of `benchmarks.cpu models` and draw its plot into `folder`."""
     methods = ("decode", "prefill")
-    best = max(
-        (max(found[what]["bandwidth"]) for found in result["peers"].values() for what in methods), default=0.0
-    )
+    best = best_of(*(found[what] for found in result["peers"].values() for what in methods))
     own: dict[str, list[float]] = {what: [] for what in methods}
     groups: dict[str, dict[str, float]] = {what: {} for what in methods}
     rows, marked = [], False
@@ -130,8 +128,8 @@ def show_models(result: dict, folder: Path) -> None:
         rows.insert(0, ["octavo", *cells, "", f"{mine['peak_bytes'] / 2**30:.2f}", f"{mine['ready']:.1f}"])
         shape = next(iter(result["shape"]))
         table(
-            f"{shape}, {result['machine']['processor']}, {result['machine']['threads']} threads; memory at best {best / 1e9:.1f} "
-            "GB/s; medians of the undisturbed rounds",
+            f"{shape}, {result['machine']['processor']}, {result['machine']['threads']} threads; memory at best "
+            f"{best['bandwidth'] / 1e9:.1f} GB/s; medians of the undisturbed rounds",
             [
                 "",
                 "decode tok/s",
@@ -146,7 +144,7 @@ def show_models(result: dict, folder: Path) -> None:
         )
         bars(f"models-{shape}", groups, "tokens/s", folder)
     if marked:
-        print("! every round was disturbed by other work (or slow memory): not to be trusted")
+        print("! every round was disturbed by other work (or a slow memory or clock): not to be trusted")
     for name, why in result["failed"].items():
         print(f"failed: {name}: {why}")
     if result["missing"]:

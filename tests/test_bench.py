@@ -102,16 +102,19 @@ def test_a_busy_machine_is_said_to_be():
     assert "other work takes" in said and "load average 3.0" in said
 
 
-def test_rounds_are_distrusted_for_other_work_for_steal_and_for_slow_memory():
+def test_rounds_are_distrusted_for_other_work_steal_slow_memory_and_a_slow_clock():
     cores = psutil.cpu_count()
     found = {
-        "others": [0.0, 0.2 * cores, 0.0, 0.0],
-        "steal": [0.0, 0.0, 0.2 * cores, 0.0],
-        "bandwidth": [40e9, 40e9, 40e9, 20e9],
+        "others": [0.0, 0.2 * cores, 0.0, 0.0, 0.0],
+        "steal": [0.0, 0.0, 0.2 * cores, 0.0, 0.0],
+        "bandwidth": [40e9, 40e9, 40e9, 20e9, 40e9],
+        "compute": [2e12, 2e12, 2e12, 2e12, 1.5e12],
     }
-    assert turns.undisturbed(found) == [True, False, False, False]
-    assert turns.undisturbed(found, best_bandwidth=80e9) == [False] * 4
-    assert turns.undisturbed({**found, "bandwidth": [0.0] * 4}) == [True, False, False, True]
+    assert turns.undisturbed(found) == [True, False, False, False, False]
+    assert turns.undisturbed(found, {"bandwidth": 80e9, "compute": 2e12}) == [False] * 5
+    unmeasured = {**found, "bandwidth": [0.0] * 5, "compute": [0.0] * 5}
+    assert turns.undisturbed(unmeasured) == [True, False, False, True, True]
+    assert turns.best_of(found, unmeasured) == {"bandwidth": 40e9, "compute": 2e12}
 
 
 class Engine:
@@ -134,7 +137,7 @@ def test_engines_take_turns_and_disturbed_rounds_are_made_up_for(monkeypatch):
     monkeypatch.setattr(load.Meter, "since", lambda self: next(answers))
     asked = []
     workers = {"octavo": Engine("octavo", 0.5, asked), "peer": Engine("peer", 2.0, asked)}
-    found = turns.take_turns(workers, "decode", 8, rounds=2, extra=2, bandwidth=lambda: 1e9)
+    found = turns.take_turns(workers, "decode", 8, rounds=2, extra=2, probes={"bandwidth": lambda: 1e9})
     assert [name for name, *_ in asked] == ["octavo", "peer"] * 4  # one to warm up, three rounds
     assert found["octavo"] == [16.0] * 3 and found["peer"] == [4.0] * 3
     assert turns.undisturbed(found) == [False, True, True]
@@ -298,7 +301,7 @@ def test_the_command_measures_the_shipped_model():
 
 def test_the_table_of_the_peers_is_of_undisturbed_rounds(tmp_path, capsys):
     def rounds(octavo, peer, others):
-        quiet = {"steal": [0.0] * 3, "waiting": [0.0] * 3, "bandwidth": [30e9] * 3}
+        quiet = {"steal": [0.0] * 3, "waiting": [0.0] * 3, "bandwidth": [30e9] * 3, "compute": [1e11] * 3}
         return {"octavo": octavo, "peer": peer, "others": others, **quiet}
 
     quiet, busy = 0.0, 1.0 * psutil.cpu_count()

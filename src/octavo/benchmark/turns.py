@@ -15,8 +15,11 @@ import psutil
 from .load import Meter, cpu_seconds, too_much
 from .process import Worker
 
-# A round whose memory delivers less than this share of the run's best is disturbed: by a neighbour that the counters do not show.
-SLOW_MEMORY = 0.85
+# What the machine itself delivers, measured in each round: bytes a second from memory, and operations a second in the caches.
+PROBES = ("bandwidth", "compute")
+# A round in which one of them is below this share of the run's best is disturbed: by a neighbour, or a slower clock, that the
+# counters do not show.
+SLOW = 0.85
 
 
 def take_turns(
@@ -27,7 +30,7 @@ def take_turns(
     *,
     seconds: float = float("inf"),
     extra: int = 0,
-    bandwidth: Callable[[], float] | None = None,
+    probes: Mapping[str, Callable[[], float]] | None = None,
 ) -> dict[str, list]:
     """Tokens a second of each engine, round by round; every engine runs once before, unmeasured.
 
@@ -37,18 +40,18 @@ def take_turns(
         rounds: how many undisturbed rounds are wanted.
         seconds: begin no further round after this time, but finish at least one.
         extra: at most so many rounds more, to make up for disturbed ones.
-        bandwidth: reads the memory once before each engine's turn and returns bytes a second.
+        probes: name, of PROBES, → a measurement of the machine, made before each engine's turn.
 
     Returns:
         For each engine its tokens a second. For each round: "others" and "steal", cores that other work took; "waiting", cores
-        that the engines took whose turn it was not; "bandwidth", the least of the round (0 where it is not measured). See
-        `undisturbed`.
+        that the engines took whose turn it was not; and of each probe the least of the round (0 where it is not measured).
+        See `undisturbed`.
     """
     for worker in workers.values():
         worker.ask(method, tokens=tokens)
     processes = {name: psutil.Process(worker.pid) for name, worker in workers.items()}
     meter = Meter(*(worker.pid for worker in workers.values()))
-    found: dict[str, list] = {name: [] for name in (*workers, "others", "steal", "waiting", "bandwidth")}
+    found: dict[str, list] = {name: [] for name in (*workers, "others", "steal", "waiting", *PROBES)}
     started = time.perf_counter()
     for done in range(rounds + extra):
         if done and time.perf_counter() - started > seconds:
@@ -57,10 +60,10 @@ def take_turns(
             break
         meter.since()
         waiting = elapsed = 0.0
-        speeds = []
+        speeds: dict[str, list[float]] = {name: [] for name in PROBES}
         for name, worker in workers.items():
-            if bandwidth is not None:
-                speeds.append(bandwidth())
+            for probe, measure in (probes or {}).items():
+                speeds[probe].append(measure())
             others = [process for other, process in processes.items() if other != name]
             before = sum(map(cpu_seconds, others))
             took = worker.ask(method, tokens=tokens)
@@ -71,18 +74,25 @@ def take_turns(
         found["others"].append(disturbance["others"])
         found["steal"].append(disturbance["steal"])
         found["waiting"].append(waiting / elapsed)
-        found["bandwidth"].append(min(speeds, default=0.0))
+        for probe, values in speeds.items():
+            found[probe].append(min(values, default=0.0))
     return found
 
 
-def undisturbed(found: dict[str, list], best_bandwidth: float | None = None) -> list[bool]:
+def best_of(*runs: dict[str, list]) -> dict[str, float]:
+    """The best that each probe found in some runs of `take_turns`."""
+    return {probe: max((value for found in runs for value in found[probe]), default=0.0) for probe in PROBES}
+
+
+def undisturbed(found: dict[str, list], best: dict[str, float] | None = None) -> list[bool]:
     """Which rounds of `take_turns` can be trusted.
 
     Args:
-        best_bandwidth: the most that the memory delivered in the whole run. Default: in these rounds.
+        best: the best of each probe in the whole run. Default: in these rounds.
     """
-    best = best_bandwidth or max(found["bandwidth"], default=0.0)
+    best = best or best_of(found)
     return [
-        not too_much(others + steal) and bandwidth >= SLOW_MEMORY * best
-        for others, steal, bandwidth in zip(found["others"], found["steal"], found["bandwidth"], strict=True)
+        not too_much(found["others"][i] + found["steal"][i])
+        and all(found[probe][i] >= SLOW * best[probe] for probe in PROBES)
+        for i in range(len(found["others"]))
     ]
