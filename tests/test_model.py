@@ -166,6 +166,17 @@ def test_low_coverage_is_an_error_that_names_what_is_left():
     assert quantized(model) == {"layer.weight"}
 
 
+def test_a_large_stack_of_small_matrices_is_not_left_in_float_without_a_word():
+    model = nn.Module()
+    model.heads = nn.Parameter(torch.randn(128, 16, 64))
+    model.few = nn.Parameter(torch.randn(4, 16, 64))
+    model.layer = nn.Linear(64, 128)
+    plan = plan_model(model, OctavoConfig())
+    assert set(plan.left) == {"heads"} and "few" in plan.other
+    with pytest.raises(CoverageError, match="heads: 131,072 weights"):
+        octavo.quantize_model(model)
+
+
 def test_little_left_in_float_is_allowed():
     model = nn.Module()
     model.odd = nn.Parameter(torch.randn(2, 2, 16, 16))

@@ -25,10 +25,13 @@ from .tensor import OctavoTensor
 # Below this a matrix is noise beside the others, and its codebook (1 KiB) would weigh as much as the weights.
 SMALLEST_MATRIX = 4096
 SHORTEST_ROW = 16
+# From here on, leaving a stack of small matrices in float is not done without a word.
+LARGE_STACK = 16 * SMALLEST_MATRIX
 LARGEST_FLOAT_SHARE = 0.01
 
 _POSITIONS = "a table of positions, which is added"
 _ROUTER = "a router: rounded scores choose other experts (docs/MODELS.md has the figures), and it is a thousandth of the weights"
+_HEADS = "projections in three dimensions: stacks of matrices too small for a codebook each"
 _STREAMS = "mixes residual streams: the published model keeps it in float32"
 
 # Parameters with the shape of a matrix that stay in float: type of model (`model_type` of a configuration in it; "*": any) →
@@ -48,9 +51,11 @@ KEEP_IN_FLOAT: dict[str, dict[str, str]] = {
         "mlp.gate.router_mlp.*weight": _ROUTER,
     },
     "deepseek_v4": {"attn_hc.fn": _STREAMS, "ffn_hc.fn": _STREAMS, "hc_head.hc_fn": _STREAMS},
+    "funnel": {"attention.r_kernel": _HEADS},
     "hy_v4": {"fn": _STREAMS, "hc_fn": _STREAMS},
     "perceiver": {"latents": "the first hidden state itself, no product", "position_embeddings": _POSITIONS},
     "reformer": {"position_embeddings.weights.*": _POSITIONS},
+    "xlnet": {"rel_attn.[qkvor]": _HEADS},
 }
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -217,6 +222,8 @@ def kept_in_float(
         )
     matrix = parameter.shape[-2:]
     if matrix.numel() < SMALLEST_MATRIX or min(matrix) < SHORTEST_ROW:
+        if len(shape) == 3 and parameter.numel() >= LARGE_STACK:
+            return Kept("a stack of small matrices, each of which would need a codebook", True)
         return Kept("a small matrix")
     return None
 

@@ -47,7 +47,7 @@ class Output:
         blocks: scales a row, if quantized.
         exact: the published checkpoint's own bytes are kept (if that fails, `config` holds).
         check: NaN and infinity in it are an error.
-        stored: its name in a file (`octavo.checkpoint.names.stored_names`), to which its parts' suffixes come.
+        stored: its name in a file (`octavo.checkpoint.names.stored_names`), to which its parts' suffixes come; default: `name`.
     """
 
     name: str
@@ -60,6 +60,9 @@ class Output:
     exact: bool = False
     check: bool = True
     stored: str = ""
+
+    def __post_init__(self) -> None:
+        self.stored = self.stored or self.name
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
