@@ -109,7 +109,7 @@ def run(rows: int, columns: int, rounds: int) -> dict:
     """All kernel measurements; prints tables as it goes."""
     products = []
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for tokens in (1, 4, 16, MANY_TOKENS):
+        for tokens in (1, 4, 16, 32, MANY_TOKENS):
             found = linear(
                 rows, columns, tokens, dtype, rounds if tokens < MANY_TOKENS else max(3, rounds // 4)
             )

@@ -107,3 +107,9 @@ def test_scale_range():
     assert cpu.scale_range(weight, 64) == (0.0, 0.0)
     weight[1, 5], weight[2, 129] = -0.25, 3.0
     assert cpu.scale_range(weight, 64) == (0.25, 3.0)
+
+
+def test_bandwidth_is_measured_with_and_without_kernels(monkeypatch):
+    assert cpu.read_bandwidth(size=1 << 22, repeats=2) > 1e6
+    monkeypatch.setattr(cpu.native, "AVAILABLE", False)
+    assert cpu.read_bandwidth(size=1 << 22, repeats=2) > 1e6
