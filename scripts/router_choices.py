@@ -11,7 +11,7 @@ import copy
 from fnmatch import fnmatch
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, logging
 
 import octavo
 
@@ -33,6 +33,7 @@ KINDS = {
     "olmoe": {"num_experts": 32, "intermediate_size": 128},
     "gpt_oss": {"num_local_experts": 32, "intermediate_size": 128},
     "deepseek_v3": {
+        "head_dim": 32,
         "n_routed_experts": 32,
         "n_group": 1,
         "topk_group": 1,
@@ -102,6 +103,7 @@ def measure(kind: str) -> list[float]:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity_error()
     print(f"{'model':14}{'routers':>10}{'the rest':>10}{'all':>10}")
     for kind in KINDS:
         print(f"{kind:14}" + "".join(f"{share:10.2%}" for share in measure(kind)), flush=True)

@@ -20,5 +20,4 @@ PLAIN_FAILS: dict[tuple[str, str], tuple[str, str]] = {
         "hears speech as it goes: it wants sound with each step, not text alone",
         "exactly one of input_features or encoder_inputs_embeds",
     ),
-    ("masked", "perceiver"): ("its forward pass takes `inputs`, not `input_ids`", "input_ids"),
 }
