@@ -148,10 +148,11 @@ def _write(found: Any, output: Path) -> None:
 
     from octavo.evaluation.compare_plot import draw
 
+    figures = found.to_dict()
     partial = output / "compare.json.partial"
-    partial.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, output / "compare.json")
-    draw(found, output / "compare.png")
+    draw(figures, output / "compare.png")
 
 
 def _show(found: Any) -> None:
