@@ -151,7 +151,8 @@ def flip(stack):
 
 def _flipped(stack: Adapted) -> Any:
     stack.check()
-    return Adapted(stack.weight.mT, stack.right.mT, stack.left.mT, stack.scaling)
+    weight: Any = stack.weight.mT
+    return Adapted(weight, stack.right.mT, stack.left.mT, stack.scaling)
 
 
 @handles(F.linear)

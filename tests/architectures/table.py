@@ -6,6 +6,7 @@ Example:
     True
 """
 
+import statistics
 from typing import Any
 
 from .exceptions import PLAIN_FAILS
@@ -52,6 +53,14 @@ def render(results: dict[str, Any]) -> str:
             + " | ".join(f"**{n}**" if n == counts[0] else str(n) for n in counts)
             + " |"
         )
+    shares = {row["architecture"]: row["in_8_bits"] for row in rows if "in_8_bits" in row}
+    least = sorted(shares.items(), key=lambda item: item[1])
+    low = ", ".join(f"{name} ({_share(share)})" for name, share in least if share < 0.98)
+    lines += [
+        "",
+        f"Half of those that work have at least {_share(statistics.median(shares.values()))} of all their weights in 8 "
+        f"bits. Less than 98 %: {low}.",
+    ]
     for task in tasks:
         lines += _section(task, [row for row in rows if row["task"] == task])
     return "\n".join([*lines, ""])

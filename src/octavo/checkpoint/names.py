@@ -162,7 +162,9 @@ def stored_names(model: Any) -> Callable[[str, bool], str]:
 
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     # A prefix is taken off where it is found; whether one belongs there, the reverse rule cannot know.
-    reverse = [rule.reverse_transform() for rule in renamings[::-1] if not isinstance(rule, PrefixChange)]
+    reverse: Any = [
+        rule.reverse_transform() for rule in renamings[::-1] if not isinstance(rule, PrefixChange)
+    ]
 
     def stored(name: str, quantized: bool) -> str:
         suffix = "_qdata" if quantized else ""

@@ -63,10 +63,10 @@ def keep_frozen_out_of_adapters(model: Any) -> None:
         model: a transformers model; PEFT may wrap it later.
     """
     for find in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(model, find, lambda: None)()
+        layer: Any = getattr(model, find, lambda: None)()
         # Perceiver's "embedding" is a bare parameter.
         if isinstance(layer, nn.Module) and not getattr(layer, "_octavo_frozen_left_out", False):
-            layer._octavo_frozen_left_out = True
+            layer._octavo_frozen_left_out = True  # type: ignore[assignment]  # a mark, neither tensor nor module
             layer.register_state_dict_post_hook(_drop_frozen_weight)
 
 
