@@ -1,18 +1,20 @@
 """Training step on the CPU: Octavo's time over the 16-bit (or 32-bit) model's, in one run, at several lengths.
 
-Both models are the same Llama shape with the same adapters, prepared in the same way; steps alternate, so that a
-busy machine troubles both alike. The median of the ratios of neighbouring steps is reported.
+Both models are the same Llama shape with the same adapters (rank 16 on every linear layer), prepared in the same way:
+frozen weights, checkpointing, the loss in chunks. A step is a forward and a backward pass over one text. Steps alternate,
+so that a busy machine troubles both alike; what counts is the median of the ratios of neighbouring steps.
 
-    python benchmarks/training.py --hidden 1024 --layers 8 --dtype bfloat16 --steps 5
+    python -m benchmarks.training --shape 1b --steps 5
+
+Written to benchmarks/results/cpu-training-SHAPE-PROCESSOR.json.
 """
 
 import argparse
 import copy
-import statistics
 import time
+from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import octavo
 from octavo.training.adapters import add_adapters
@@ -20,21 +22,14 @@ from octavo.training.loss import language_model_loss
 from octavo.training.prepare import prepare_for_training
 from octavo.training.recipe import Recipe
 
+from .cpu_engines import SHAPES, make_model
+from .cpu_report import RESULTS, machine, save, spread, table
 
-def models(hidden: int, layers: int, vocabulary: int, dtype: torch.dtype):
+
+def models(shape: str, dtype: torch.dtype):
     """(8-bit model, plain model), both with adapters, checkpointing and frozen weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4 // 64 * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    packed = octavo.quantize_model(LlamaForCausalLM(config).to(dtype))
+    dense = make_model(shape).to(dtype)
+    packed = octavo.quantize_model(dense)
     plain = octavo.dequantize_model(copy.deepcopy(packed), dtype)
     plain.requires_grad_(False)
     plain.enable_input_require_grads()
@@ -53,29 +48,60 @@ def step(model, ids: torch.Tensor, dtype: torch.dtype) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
-    options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    packed, plain = models(options.hidden, options.layers, options.vocabulary, dtype)
-    count = sum(parameter.numel() for parameter in packed.parameters()) / 1e6
-    print(
-        f"{count:.0f} million parameters, {options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    for length in options.lengths:
-        ids = torch.randint(0, options.vocabulary, (1, length))
+def measure(shape: str, dtype: torch.dtype, lengths: list[int], steps: int) -> dict[str, dict]:
+    """Length → seconds of both models' steps and the spread of their ratios."""
+    packed, plain = models(shape, dtype)
+    found = {}
+    for length in lengths:
+        ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, length))
         for model in (packed, plain):
             step(model, ids, dtype)
-        pairs = [(step(packed, ids, dtype), step(plain, ids, dtype)) for _ in range(options.steps)]
-        ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-        mine, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
-        print(f"{length:5} tokens: octavo {mine:.2f} s, {options.dtype} {theirs:.2f} s, ratio {ratio:.3f}")
+        # Each goes first in turn.
+        pairs = []
+        for number in range(steps):
+            order = (packed, plain) if number % 2 == 0 else (plain, packed)
+            seconds = [step(model, ids, dtype) for model in order]
+            pairs.append(seconds if number % 2 == 0 else seconds[::-1])
+        mine, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
+        found[str(length)] = {
+            "octavo_s": spread(mine),
+            "plain_s": spread(theirs),
+            "ratio": spread([a / b for a, b in pairs]),
+        }
+        print(f"{length:5} tokens: ratio {found[str(length)]['ratio']}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--steps", type=int, default=5, help="pairs of steps a length")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a step")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON")
+    options = parser.parse_args()
+    result = {
+        "machine": machine(),
+        "shape": {options.shape: SHAPES[options.shape]},
+        "dtype": options.dtype,
+        "steps": options.steps,
+        "lengths": measure(options.shape, getattr(torch, options.dtype), options.lengths, options.steps),
+    }
+    result["machine"]["load_after"] = machine()["load_before"]
+    rows = [
+        [
+            length,
+            *(f"{one['median']:.2f}" for one in (found["octavo_s"], found["plain_s"])),
+            _range(found["ratio"]),
+        ]
+        for length, found in result["lengths"].items()
+    ]
+    table("a training step", ["tokens", "octavo, s", f"{options.dtype}, s", "octavo / plain"], rows)
+    print("written to", save(f"training-{options.shape}", result, options.results))
+
+
+def _range(found: dict[str, float]) -> str:
+    return f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import octavo
 from octavo.cli.plan import parse_memory, plan
-from octavo.training import memory
+from octavo.training import even_experts, memory
 from octavo.training.adapters import add_adapters
 from octavo.training.loss import language_model_loss
 from octavo.training.recipe import Recipe
@@ -26,9 +26,9 @@ COMMAND = typer.Typer()
 COMMAND.command()(plan)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_planned_step_is_a_real_step(architecture):
-    model = quantized(ARCHITECTURES[architecture])
+@pytest.mark.parametrize("make", [*ARCHITECTURES.values(), mixtral], ids=lambda make: make.__name__)
+def test_a_planned_step_is_a_real_step(make):
+    model = quantized(make)
     stored = sum(p.nbytes_stored for p in model.parameters() if isinstance(p, octavo.OctavoTensor))
     config = model.config
     estimate = memory.training(
@@ -47,17 +47,42 @@ def test_a_planned_step_is_a_real_step(architecture):
         (loss / tokens).backward()
     assert estimate.parts["kept from forward to backward"] == pytest.approx(kept, rel=0.05)
     planned = estimate.parts["kept from forward to backward"] + estimate.parts["computing"]
-    assert planned == pytest.approx(found.peak, rel=0.1)
+    # Experts' tokens are planned as spread evenly, with what that keeps: 11 % more than a step took.
+    assert planned == pytest.approx(found.peak, rel=0.15 if make is mixtral else 0.1)
 
 
-def test_of_a_mixture_of_experts_only_the_weights_are_planned(tmp_path):
+def test_a_mixture_of_experts_is_planned_with_its_tokens_spread_evenly(tmp_path):
+    config = mixtral().config
+    kind = config._experts_implementation
+    config.save_pretrained(tmp_path)
+    options = [str(tmp_path), "--device", "cpu", "--max-length", "64"]
+    result = CliRunner().invoke(COMMAND, options, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "generating, 1 × 64 tokens" in result.output and "training, 1 × 64 tokens" in result.output
+    assert mixtral().config._experts_implementation == kind == config._experts_implementation
+
+
+def test_even_experts_compute_what_transformers_does_where_routing_is_even():
+    """Two tokens, two experts, one each: what is planned is then what is computed."""
+    torch.manual_seed(0)
+    module = mixtral().model.layers[0].mlp.experts
+    hidden, weights = torch.randn(4, 64), torch.rand(4, 1)
+    index = torch.tensor([[2], [0], [3], [1]])
+    expected = module(hidden, index, weights)
+    torch.testing.assert_close(even_experts.forward(module, hidden, index, weights), expected)
+
+
+def test_shapes_that_depend_on_values_are_said_to(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        even_experts, "use_even", lambda config: setattr(config, "_experts_implementation", "eager")
+    )
     config = mixtral().config
     with pytest.raises(memory.DependsOnValues, match="only its weights can be planned"):
         memory.training(config, max_length=64, device="cpu")
     config.save_pretrained(tmp_path)
     result = CliRunner().invoke(COMMAND, [str(tmp_path), "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "weights in 8 bits" in result.output and "mixture of experts" in result.output
+    assert "weights in 8 bits" in result.output and "only its weights can be planned" in result.output
 
 
 def test_checkpointing_and_length_and_batch_change_what_they_should():
@@ -120,7 +145,7 @@ def test_no_configuration_is_named(tmp_path):
 MEASURE = """
 import gc, torch, octavo, psutil
 from transformers import LlamaConfig, LlamaForCausalLM
-from octavo.training import memory
+from octavo.training import even_experts, memory
 from octavo.training.adapters import add_adapters
 from octavo.training.loss import language_model_loss
 from octavo.training.recipe import Recipe
@@ -156,7 +181,8 @@ for step in range(3):
     optimizer.zero_grad(set_to_none=False)
 peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024 - base
 estimate = memory.training(config, dtype=torch.float32, max_length=384, batch_size=2, recipe=recipe,
-device="cpu") print(estimate.total / peak)
+device="cpu")
+print(estimate.total / peak)
 """
 
 

@@ -191,6 +191,44 @@ def test_bfloat16_trains_adapters_norms_and_biases_in_float32(tmp_path):
     assert any("norm" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
+class OverflowOnce(TrainerCallback):
+    """An infinite gradient in the first step; keeps the trained values after each step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._keep()
+        self.trained[0].register_hook(
+            lambda grad: torch.full_like(grad, float("inf")) if state.global_step == 0 else grad
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._keep()
+
+    def _keep(self):
+        self.values.append([parameter.detach().clone() for parameter in self.trained])
+
+
+def test_float16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path):
+    model, tokenizer, train, held_out = model_and_data()
+    watch = OverflowOnce()
+    # PyTorch multiplies losses by 65536 at first; a token's loss of 5.5 and its gradients fit all the same.
+    recipe = replace(SMALL, max_steps=5, learning_rate=2e-2, optimizer="adamw", warmup=0.0)
+    outcome = finetune_model(
+        model.to(torch.float16), tokenizer, train, held_out, recipe, tmp_path, callbacks=[watch]
+    )
+    equal = [
+        all(map(torch.equal, before, after))
+        for before, after in zip(watch.values[:-1], watch.values[1:], strict=True)
+    ]
+    assert equal[0] and not equal[-1]
+    assert outcome.after["eval_loss"] < outcome.before["eval_loss"] - 0.05
+    scale = torch.load(newest_checkpoint(tmp_path) / "scaler.pt", weights_only=True)["scale"]
+    assert scale <= 65536 / 2
+
+
 def test_presets_and_options_that_make_no_sense():
     card = Recipe.of("model-card", learning_rate=None, lora_r=8)
     assert (card.lora_targets, card.lora_r, card.lora_alpha, card.schedule) == ("all", 8, 32, "linear")

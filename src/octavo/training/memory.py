@@ -14,12 +14,17 @@ Example:
 import contextlib
 import copy
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +33,7 @@ from ..config import OctavoConfig
 from ..model import plan_model, set_parameter
 from ..ops import blocks_per_row
 from ..tensor import OctavoTensor
+from . import even_experts as experts
 from .adapters import add_adapters
 from .loss import language_model_loss
 from .prepare import prepare_for_training
@@ -42,14 +48,17 @@ STATE_BLOCK = 256
 
 
 class DependsOnValues(ValueError):
-    """What a model computes depends on values, which a plan has not: a mixture of experts, which picks by them."""
+    """What a model computes depends on values, which a plan has not."""
 
 
-def _refuse_experts(model: nn.Module) -> None:
-    if any(isinstance(parameter, OctavoTensor) and parameter.dim() == 3 for parameter in model.parameters()):
+@contextlib.contextmanager
+def _values_are_not_needed() -> Iterator[None]:
+    try:
+        yield
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise DependsOnValues(
-            "what a mixture of experts computes depends on the values of its inputs, so only its weights can be planned"
-        )
+            f"what this model computes depends on the values of its inputs ({error}), so only its weights can be planned"
+        ) from error
 
 
 @dataclass
@@ -110,6 +119,7 @@ def quantized_skeleton(config: Any, octavo_config: OctavoConfig, dtype: torch.dt
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    experts.use_even(config)
     model = build_skeleton(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -201,9 +211,8 @@ def generating(
 ) -> Estimate:
     """Memory while generating: a prompt of `max_length` tokens, and the keys and values kept of it."""
     model = quantized_skeleton(config, octavo_config, dtype)
-    _refuse_experts(model)
     estimate = _weights(model, device)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _values_are_not_needed(), FakeTensorMode(allow_non_fake_inputs=True):
         _give_shapes_only(model)
         ids = torch.zeros(batch_size, max_length, dtype=torch.long)
         with LiveBytes() as bytes_, torch.no_grad():
@@ -236,17 +245,19 @@ def training(
         device: "cuda" or "cpu".
 
     Raises:
-        DependsOnValues: for a mixture of experts.
+        DependsOnValues: if shapes depend on values: a mixture of experts that transformers does not run as a whole.
     """
     recipe = recipe or Recipe()
     model = quantized_skeleton(config, octavo_config or OctavoConfig(), dtype)
-    _refuse_experts(model)
+    if any(isinstance(parameter, OctavoTensor) and parameter.dim() == 3 for parameter in model.parameters()):
+        # PEFT's adapters on experts know no dropout.
+        recipe = replace(recipe, lora_dropout=0.0)
     prepare_for_training(model, gradient_checkpointing=recipe.gradient_checkpointing)
     model = add_adapters(model, recipe).train()
     estimate = _weights(model, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     estimate.trainable = sum(parameter.numel() for parameter in trained)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _values_are_not_needed(), FakeTensorMode(allow_non_fake_inputs=True):
         _give_shapes_only(model)
         # The gradients are there already when a second batch is accumulated onto the first.
         for parameter in model.parameters():

@@ -32,6 +32,13 @@ class OctavoTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = True
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fp16 and self.accelerator.device.type == "cpu":
+            # accelerate computes in float16 and scales the loss on accelerators only.
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total, tokens = language_model_loss(model, inputs, self.accelerator.unwrap_model(model))
         count = tokens if num_items_in_batch is None else num_items_in_batch
