@@ -86,6 +86,8 @@ def main() -> None:
     runs = {}
     for name in ("float32", "8 bits"):
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        # transformers takes what was read from a GGUF file for quantized, though it is float32 now.
+        model.is_quantized = False
         if name == "8 bits":
             runs[name] = finetune(octavo.quantize_model(model), tokenizer, recipe)
         else:

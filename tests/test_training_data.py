@@ -140,7 +140,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach 'someone/sums' on the Hub\n  (offline)\n  more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="neither a file here nor a data set .*Couldn't reach") as found:
+    with pytest.raises(ValueError, match=r"neither a file here nor a data set .*Couldn't reach") as found:
         read_records(["someone/sums"])
     assert len(str(found.value).splitlines()) == 1
 

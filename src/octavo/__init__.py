@@ -1,10 +1,10 @@
 """Octavo: run and fine-tune large language models in 8 bits, on the hardware you own.
 
     import octavo
-    model = octavo.load("some/model", quantization_config=octavo.OctavoConfig())
+    model = octavo.load("some/model")
 
-Weights are stored in 8 bits through block-wise codebooks and computed in 16 or 32 bits. `import octavo` imports torch, and
-transformers only when a model is loaded; from then on transformers' `from_pretrained` and `save_pretrained` know Octavo.
+Weights are stored in 8 bits through block-wise codebooks and computed in 16 or 32 bits. `import octavo` imports neither torch nor
+transformers; once transformers is imported, by whomever, its `from_pretrained` and `save_pretrained` know Octavo.
 """
 
 from importlib import import_module as _import_module
@@ -14,7 +14,7 @@ from .integrations.registration import register_when_needed as _register_when_ne
 
 if TYPE_CHECKING:
     from .config import OctavoConfig
-    from .load import load, load_tokenizer
+    from .loading import load, load_tokenizer
     from .model import CoverageError, dequantize_model, plan_model, quantize_model
     from .tensor import OctavoTensor, fallbacks, reset_fallbacks
     from .training.prepare import prepare_for_training
@@ -27,8 +27,8 @@ _HOMES = {
     "OctavoTensor": "tensor",
     "dequantize_model": "model",
     "fallbacks": "tensor",
-    "load": "load",
-    "load_tokenizer": "load",
+    "load": "loading",
+    "load_tokenizer": "loading",
     "plan_model": "model",
     "prepare_for_training": "training.prepare",
     "quantize_model": "model",
@@ -54,12 +54,9 @@ def __getattr__(name: str):
     if name in _HOMES:
         # Again: torch may have imported us while transformers' table of quantizers was half made.
         _register_when_needed()
-        module = _import_module(f".{_HOMES[name]}", __name__)
-        # All names of that home at once: the import itself binds `octavo.load` to the module of that name.
-        globals().update(
-            {each: getattr(module, each) for each, home in _HOMES.items() if home == _HOMES[name]}
-        )
-        return globals()[name]
+        value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
     if name in {
         "ops",
         "codebook",

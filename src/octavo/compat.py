@@ -37,7 +37,7 @@ class GPTJForCausalLM(modeling_gptj.GPTJForCausalLM):
         Raises:
             TypeError: on any other option, naming it.
         """
-        from .load import load
+        from .loading import load
 
         kwargs.pop("low_cpu_mem_usage", None)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))

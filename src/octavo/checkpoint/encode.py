@@ -57,8 +57,13 @@ class Row:
         return asdict(self)
 
 
-def write_unit(unit: Unit, shard: ShardFile, source: Source, model: Any) -> list[Row]:
+def write_unit(
+    unit: Unit, shard: ShardFile, source: Source, model: Any, calibration: Any = None
+) -> list[Row]:
     """Read, quantize and write what belongs to a unit.
+
+    Args:
+        calibration: an open `octavo.calibration.Calibration`, which chooses the codes of the matrices it can.
 
     Raises:
         CheckpointError: if a weight holds NaN or infinity, or cannot be read.
@@ -73,7 +78,8 @@ def write_unit(unit: Unit, shard: ShardFile, source: Source, model: Any) -> list
         else:
             made = group.realize(model, source.read) if not unit.outputs[0].exact else {}
             for output in unit.outputs:
-                rows.append(_write_output(output, made.get(output.made), unit, shard, source))
+                tensor = made.get(output.made)
+                rows.append(_write_output(output, tensor, unit, shard, source, calibration))
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -98,7 +104,12 @@ def _require_shape(output: Output, tensor: torch.Tensor) -> None:
 
 
 def _write_output(
-    output: Output, tensor: torch.Tensor | None, unit: Unit, shard: ShardFile, source: Source
+    output: Output,
+    tensor: torch.Tensor | None,
+    unit: Unit,
+    shard: ShardFile,
+    source: Source,
+    calibration: Any = None,
 ) -> Row:
     if output.entry is None:
         assert tensor is not None
@@ -113,7 +124,7 @@ def _write_output(
     _require_shape(output, tensor)
     stored = tensor.mT if output.entry.transposed else tensor
     matrices = stored.reshape(-1, *stored.shape[-2:])
-    return _write_matrices(output, len(matrices), matrices.__getitem__, shard)
+    return _write_matrices(output, len(matrices), matrices.__getitem__, shard, calibration)
 
 
 def _write_experts(unit: Unit, shard: ShardFile, source: Source) -> Row:
@@ -141,7 +152,13 @@ def _write_published(output: Output, unit: Unit, shard: ShardFile, source: Any) 
     return Row(output.name, output.shape, "exact", 0, output.nbytes(packed.absmax.dtype))
 
 
-def _write_matrices(output: Output, count: int, read: Callable[[int], torch.Tensor], shard: ShardFile) -> Row:
+def _write_matrices(
+    output: Output,
+    count: int,
+    read: Callable[[int], torch.Tensor],
+    shard: ShardFile,
+    calibration: Any = None,
+) -> Row:
     """Quantize `count` matrices [N, K], each with its own codebook and all with one type of scales."""
     scales = scale_dtype((_computable(read(index)) for index in range(count)), output.config)
     fixed = replace(output.config, scales="float16" if scales == torch.float16 else "float32")
@@ -151,6 +168,8 @@ def _write_matrices(output: Output, count: int, read: Callable[[int], torch.Tens
         for index in range(count):
             matrix = _computable(read(index))
             packed = quantize_parameter(matrix, fixed, output.name)
+            if calibration is not None and count == 1:
+                packed = calibration.quantize(output.name, matrix, packed)
             error, power = _squared_error(matrix, packed)
             row.error += error
             row.power += power

@@ -24,7 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,7 +44,12 @@ from .skeleton import build_skeleton
 from .source import Source, open_source
 from .units import Unit, UntiedError, plan_units
 
+if TYPE_CHECKING:
+    from ..calibration import Calibration
+
 MAX_SHARD_SIZE = 5_000_000_000
+# Where config.json says that, and on what, the codes were calibrated. Information: any reader may ignore it.
+CALIBRATION_KEY = "octavo_calibration"
 # A unit's line is written once its data is synced; syncing after every norm would cost more than redoing this
 # much.
 SYNC_EVERY = 64 << 20
@@ -63,6 +68,7 @@ def convert(
     overwrite: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     requantize: bool = False,
+    calibration: "Calibration | None" = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Write an Octavo checkpoint from any supported one.
@@ -76,6 +82,8 @@ def convert(
             not match.
         max_shard_size: bytes a file of weights takes at most.
         requantize: de-quantize a published 8-bit checkpoint and quantize it anew as `config` says.
+        calibration: chooses codes by the error of each matrix's output on a text; the whole model, in 8 bits, is
+            then in memory.
         progress: called with bytes read so far, bytes to read, and the parameter at hand.
 
     Returns:
@@ -96,9 +104,11 @@ def convert(
                 overwrite=overwrite,
                 max_shard_size=max_shard_size,
                 requantize=requantize,
+                calibration=calibration,
                 progress=progress,
             )
-    return _Conversion(source, Path(out), config, overwrite, max_shard_size, requantize).run(progress)
+    conversion = _Conversion(source, Path(out), config, overwrite, max_shard_size, requantize, calibration)
+    return conversion.run(progress)
 
 
 class _Conversion:
@@ -112,6 +122,7 @@ class _Conversion:
         overwrite: bool,
         max_shard_size: int,
         requantize: bool,
+        calibration: "Calibration | None" = None,
     ):
         if source.kind == "octavo":
             raise CheckpointError(
@@ -125,14 +136,21 @@ class _Conversion:
             config = OctavoConfig(codebook="dynamic", skip=config.skip)
         self.config = config
         self.config_json = dict(source.config)
+        self.calibration = calibration
+        if calibration is not None:
+            calibration.check(source)
+            self.config_json[CALIBRATION_KEY] = calibration.to_dict()
         self._plan(requantize)
         self.shards = plan_shards(self.units, max_shard_size)
         self.files = shard_names(len(self.shards))
         pieces = [[o.pieces(torch.float32) for unit in shard for o in unit.outputs] for shard in self.shards]
         self.rooms = [header_room(piece for group in shard for piece in group) for shard in pieces]
+        options = {**config.to_dict(), "max_shard_size": max_shard_size, "requantize": requantize}
+        if calibration is not None:
+            options["calibration"] = calibration.to_dict()
         self.head = {
             "source": fingerprint(source),
-            "options": {**config.to_dict(), "max_shard_size": max_shard_size, "requantize": requantize},
+            "options": options,
             "plan": hashlib.sha256(repr(pieces).encode()).hexdigest(),
         }
 
@@ -187,6 +205,7 @@ class _Conversion:
         """Write every file; returns the table, and the bytes of the files of weights."""
         self._check_space()
         try:
+            self._open_calibration()
             lines = [line for number in range(len(self.shards)) for line in self._write_shard(number)]
             self.progress(self.total, self.total, "")
             nbytes = self._write_aside()
@@ -197,6 +216,19 @@ class _Conversion:
         return [
             Row(**{**row, "shape": tuple(row["shape"])}) for line in lines for row in line["rows"]
         ], nbytes
+
+    def _open_calibration(self) -> None:
+        """Load the model that calibration runs, if any matrix is still to be written."""
+        units = enumerate(unit for shard in self.shards for unit in shard)
+        left = [output for index, unit in units if index not in self.journal.units for output in unit.outputs]
+        names = [output.name for output in left if output.entry is not None]
+        if self.calibration is None or not names:
+            return
+        self.progress(self.done, self.total, "loading the model that calibration runs")
+        self.calibration.progress = lambda done, windows: self.progress(
+            self.done, self.total, f"running the model on the text: window {done + 1} of {windows}"
+        )
+        self.calibration.open(self.source, self.config, names)
 
     def _open_journal(self) -> Journal:
         if self.partial.exists():
@@ -266,7 +298,7 @@ class _Conversion:
 
     def _write_unit(self, index: int, number: int, unit: Unit, shard: ShardFile) -> dict[str, Any]:
         before = set(shard.rows)
-        rows = write_unit(unit, shard, self.source, self.model)
+        rows = write_unit(unit, shard, self.source, self.model, self.calibration)
         tensors = [
             [name, DTYPE_NAMES[dtype], list(shape), begin, end]
             for name, (dtype, shape, begin, end) in shard.rows.items()

@@ -34,7 +34,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, generate, finetune, merge, plan, inspect, evaluate, compare, demo, export, doctor, bench):
+for command in (
+    quantize,
+    generate,
+    finetune,
+    merge,
+    plan,
+    inspect,
+    evaluate,
+    compare,
+    demo,
+    export,
+    doctor,
+    bench,
+):
     app.command()(command)
 
 

@@ -128,7 +128,7 @@ def finetune(
 
     from rich.console import Console
 
-    from octavo.load import load, load_tokenizer
+    from octavo.loading import load, load_tokenizer
     from octavo.training.data import read_records, split_records, tokenize
     from octavo.training.recipe import Recipe
     from octavo.training.report import print_table, show_example, write_curve, write_log

@@ -55,7 +55,7 @@ def generate(
     import torch
 
     from octavo.cli.progress import quiet_loading
-    from octavo.load import load, load_tokenizer
+    from octavo.loading import load, load_tokenizer
     from octavo.serving.generation import stream
 
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -200,7 +200,7 @@ def compare(
         OSError: if something is not found, or the disk is full.
     """
     from ..checkpoint import open_source
-    from ..load import _own_dtype, load_tokenizer
+    from ..loading import _own_dtype, load_tokenizer
 
     chosen = [find_format(name) for name in formats]
     if len({each.name for each in chosen}) < len(chosen) or not chosen:

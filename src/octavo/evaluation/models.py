@@ -42,7 +42,7 @@ def load_as_it_is(
     """
     from ..checkpoint import open_source
     from ..checkpoint.skeleton import model_class_of
-    from ..load import _dtype, _own_dtype, computing_type, load
+    from ..loading import _dtype, _own_dtype, computing_type, load
 
     with open_source(src) as source:
         if config is None and source.kind not in ("octavo", "published"):

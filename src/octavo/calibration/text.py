@@ -1,0 +1,72 @@
+"""Text files as windows of tokens, for calibration.
+
+Example:
+    >>> windows = read_windows(["book.txt"], tokenizer, tokens=16384, longest=512)  # doctest: +SKIP
+    >>> len(windows), windows[0].shape                                              # doctest: +SKIP
+    (32, torch.Size([512]))
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Fewer say too little of thousands of weights a row.
+FEWEST_TOKENS = 1024
+# Characters a token has at least and at most, on average, in any text worth calibrating on.
+SHORTEST_TOKEN, LONGEST_TOKEN = 3, 16
+
+
+def read_windows(
+    sources: Sequence[str | Path], tokenizer: Any, tokens: int, longest: int
+) -> list[torch.Tensor]:
+    """Take windows from texts, evenly spread over each: the more a text varies, the better other text is served.
+
+    Args:
+        sources: text files; each gives an equal share of the tokens.
+        tokenizer: the model's; it puts its start and end tokens around each window.
+        tokens: tokens in all, about.
+        longest: tokens a window holds at most.
+
+    Returns:
+        int64 [at most `longest`] each.
+
+    Raises:
+        ValueError: if a file is not UTF-8 text, or if the texts are shorter than FEWEST_TOKENS together.
+        OSError: if a file cannot be read.
+    """
+    wanted = max(1, tokens // longest // len(sources))
+    windows = []
+    for source in sources:
+        text = read_text(source)
+        count = max(1, min(wanted, len(text) // (SHORTEST_TOKEN * longest)))
+        step = len(text) // count
+        for index in range(count):
+            part = text[index * step : (index + 1) * step][: LONGEST_TOKEN * longest]
+            ids = tokenizer(part, truncation=True, max_length=longest)["input_ids"]
+            windows.append(torch.as_tensor(ids, dtype=torch.int64).reshape(-1))
+    found = sum(len(window) for window in windows)
+    if found < FEWEST_TOKENS:
+        names = ", ".join(map(str, sources))
+        raise ValueError(
+            f"--calibrate {names}: expected text of at least {FEWEST_TOKENS:,} tokens, found {found:,}; give a longer "
+            "text, or a larger --calibrate-tokens"
+        )
+    return windows
+
+
+def read_text(source: str | Path) -> str:
+    """The contents of a text file. Raises ValueError or OSError, in one line, if it is none."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise ValueError(f"--calibrate {source}: expected a text file, found a folder")
+    if not path.exists():
+        raise FileNotFoundError(f"--calibrate {source}: no such file")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--calibrate {source}: expected text in UTF-8, found byte {error.object[error.start]:#04x} at "
+            f"{error.start:,}"
+        ) from None
