@@ -74,8 +74,9 @@ def ours(model, ids):
         return nlls(lambda tokens: loaded(torch.tensor([tokens]), use_cache=False).logits[0], ids)
 
 
-# By how much the mean of 4,088 tokens' nats may differ: the types' rounding of weights and activations.
-@pytest.mark.parametrize(("to", "tolerance"), [("f16", 2e-4), ("q8_0", 5e-3)])
+# By how much the mean of 4,088 tokens' nats may differ. Measured: 2e-5 and 7.5e-3; of the latter 4.5e-3 are the weights'
+# second rounding (the file's weights, run in float32), the rest llama.cpp's rounding of activations to 8 bits.
+@pytest.mark.parametrize(("to", "tolerance"), [("f16", 2e-4), ("q8_0", 1.2e-2)])
 def test_perplexity_is_ours(to, tolerance, model, ids, ours, tmp_path):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'octavo[bench]'")
     result = export_gguf(model, tmp_path / "m.gguf", to)

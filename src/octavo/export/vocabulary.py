@@ -116,8 +116,8 @@ def _tokens(tokenizer: Any, model: dict[str, Any], rows: int) -> tuple[list[str]
     beyond = sorted(number for number in by_id if number >= rows)
     if beyond:
         warnings.warn(
-            f"the tokenizer has {len(beyond)} tokens ({by_id[beyond[0]]!r}, ...) that the model, with {rows} rows in its "
-            "embedding, does not know; they are left out",
+            f"{len(beyond)} of the tokenizer's tokens ({by_id[beyond[0]]!r}, ...) are beyond the {rows} rows of the model's "
+            "embedding; they are left out",
             stacklevel=4,
         )
     trimmed = [token.content for token in added.values() if token.lstrip or token.rstrip or token.single_word]
