@@ -104,9 +104,7 @@ def test_encoder(text, tmp_path):
     convert(tmp_path / "plain", tmp_path / "eight")
     calibration = Calibration([text], tokens=2048)
     convert(tmp_path / "plain", tmp_path / "calibrated", calibration=calibration)
-    assert (
-        len(calibration.errors) == 12 and "pooler.dense.weight" in calibration.left_out | calibration.errors
-    )
+    assert len(calibration.errors) == 13
     before, after = (
         output_error(octavo.load(tmp_path / name, device="cpu"), base) for name in ("eight", "calibrated")
     )
@@ -139,7 +137,7 @@ def test_little_memory_means_more_runs_and_the_same_bytes(text, tmp_path):
     save(CONFIGS["llama"](), tmp_path / "plain")
     written, runs = [], []
     for memory in (None, 1):
-        calibration = Calibration([text], tokens=2048, memory=memory)
+        calibration = Calibration([text], tokens=1100, memory=memory)
         calibration.progress = lambda done, total: None
         out = tmp_path / str(memory)
         convert(tmp_path / "plain", out, calibration=calibration)
