@@ -33,6 +33,8 @@ def worker(rank, function, port, arguments):
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
         function(rank, *arguments)
+        # A process that ends while the other still talks to it aborts that one.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
