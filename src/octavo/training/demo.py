@@ -28,13 +28,13 @@ from .run import Outcome, finetune_model
 # embedding thirty times as far. And a large alpha with a small learning rate moves B, which starts at 0, but hardly A: this comes
 # near to training the layers in full, where alpha = rank learns the text by heart. docs/TRAINING.md has the numbers.
 DEMO_RECIPE = Recipe(
-    epochs=1,
+    epochs=2,
     batch_size=8,
     max_length=128,
-    learning_rate=2.5e-4,
+    learning_rate=1.5e-4,
     lora_r=64,
     lora_alpha=1024,
-    lora_dropout=0.0,
+    lora_dropout=0.1,
     lora_targets="q_proj,k_proj,v_proj,out_proj,fc_in,fc_out,lm_head",
     warmup=0.1,
     optimizer="adamw",
