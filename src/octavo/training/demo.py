@@ -25,9 +25,9 @@ from .run import Outcome, finetune_model
 
 # Chosen by chapters 3, 8, 13, ..., which that choice neither learned nor reported (earlier recipes were also looked at on the
 # reported ones; docs/TRAINING.md has the numbers). Two things matter. The embedding gets no adapter: PEFT starts its B at
-# N(0, 1), thirty times the size of other layers' A, so each step moves an embedding thirty times as far. And a large alpha with a small
-# learning rate moves B, which starts at 0, but hardly A: this comes near to training the layers in full, where alpha = rank
-# learns the text by heart.
+# N(0, 1), thirty times the size of other layers' A, so each step moves an embedding thirty times as far.
+# And a large alpha with a small learning rate moves B, which starts at 0, but hardly A: this comes near to training the layers in
+# full, where alpha = rank learns the text by heart.
 DEMO_RECIPE = Recipe(
     epochs=2,
     batch_size=8,
