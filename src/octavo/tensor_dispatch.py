@@ -29,12 +29,23 @@ HANDLERS: dict[Any, Callable[..., Any]] = {}
 
 def dispatch(func, args, kwargs):
     """`__torch_dispatch__` of OctavoTensor."""
+    if func.is_view and torch.is_inference_mode_enabled():
+        # PyTorch gives a view its base's version counter, which tensors made in this mode cannot have.
+        with torch.inference_mode(False), torch.no_grad():
+            return _dispatch(func, args, kwargs)
+    return _dispatch(func, args, kwargs)
+
+
+def _dispatch(func, args, kwargs):
     handler = HANDLERS.get(func)
     if handler is not None:
         result = handler(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    return fall_back(func, args, kwargs)
+    # In that mode operations arrive as well that PyTorch itself takes apart otherwise, and of which nothing may be left then:
+    # `weight.to(its own type)`.
+    result = func.decompose(*args, **kwargs)
+    return fall_back(func, args, kwargs) if result is NotImplemented else result
 
 
 def handles(*overloads) -> Callable[[Callable], Callable]:
