@@ -1,4 +1,4 @@
-"""Under `torch.inference_mode()` a weight does what it does under `no_grad`: there PyTorch hands its subclasses other operations."""
+"""Under `torch.inference_mode()` a weight does what it does under `no_grad`, though PyTorch asks other operations of it."""
 
 import pytest
 import torch

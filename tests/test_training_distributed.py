@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def options(folder: Path, batch_size: int, output: str) -> list[str]:
     given |= {
         "gradient_accumulation": 2,
         "learning_rate": 5e-3,
-        "evaluations": 1,
+        "evaluations": 3,
         "lora_targets": "all",
     }
     words = [str(folder / "model"), "--train-norms"]
@@ -121,7 +122,7 @@ def test_fsdp2_through_accelerate_shards_the_frozen_bytes_and_saves_whole_adapte
     assert done.exit_code == 0
     result = launch(FSDP2, "octavo", "finetune", *options(folder, 2, "two"))
     assert result.returncode == 0, result.stderr[-4000:]
-    for name, count in (("loss", 3), ("eval_loss", 2)):
+    for name, count in (("loss", 3), ("eval_loss", 4)):
         alone, sharded = entries(folder / "one", name), entries(folder / "two", name)
         assert len(alone) == count and alone.keys() == sharded.keys()
         for step, loss in alone.items():
@@ -134,6 +135,18 @@ def test_fsdp2_through_accelerate_shards_the_frozen_bytes_and_saves_whole_adapte
     assert one.keys() == two.keys() and any("norm" in name for name in one)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+    # Stopped after the second step, as a kill would leave it, and resumed.
+    stopped = folder / "stopped"
+    shutil.copytree(
+        folder / "two", stopped, ignore=shutil.ignore_patterns("checkpoint-3", "adapter_*", "training.json")
+    )
+    assert sorted(path.name for path in stopped.glob("checkpoint-*")) == ["checkpoint-2"]
+    result = launch(FSDP2, "octavo", "finetune", *options(folder, 2, "stopped"), "--resume")
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert entries(stopped, "loss") == entries(folder / "two", "loss")
+    resumed = load_file(stopped / "adapter_model.safetensors")
+    assert resumed.keys() == two.keys() and all(torch.equal(resumed[name], two[name]) for name in two)
 
 
 def test_fsdp_that_cannot_be_is_refused(monkeypatch):

@@ -8,10 +8,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import octavo
+from octavo.checkpoint import convert
 from octavo.training.merge import merge
 
 from .conftest import relative_error
-from .training_models import ARCHITECTURES, gpt2, gptj, llama_tied, move_adapters, plain_twin, quantized
+from .training_models import (
+    ARCHITECTURES,
+    gpt2,
+    gpt_oss,
+    gptj,
+    llama_tied,
+    mixtral,
+    move_adapters,
+    plain_twin,
+    quantized,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -130,6 +141,48 @@ def test_dora_is_peft_s_own_merge_of_the_plain_weights(make, targets, tmp_path):
     )
 
 
+EXPERTS = {
+    "mixtral": (mixtral, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    "gpt-oss, inputs first": (gpt_oss, ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]),
+    "one of two": (mixtral, ["mlp.experts.down_proj"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("to", ["8bit", "bfloat16"])
+@pytest.mark.parametrize("case", EXPERTS.values(), ids=EXPERTS)
+def test_experts_are_peft_s_own_merge_of_the_plain_weights(case, to, tmp_path):
+    make, names = case
+    # The stacks under the model's own names, as `octavo quantize` writes them.
+    plain = make()
+    plain.save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "base")
+    model = plain_twin(octavo.load(tmp_path / "base", dtype="float32", device="cpu"))
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": names}
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", use_rslora=True, **options))
+    move_adapters(model, scale=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", to)
+    assert len(result.changed) == 2 * (1 + len(names))
+    merged = model.merge_and_unload()
+    again = octavo.load(tmp_path / "out", dtype="float32", device="cpu") if to == "8bit" else None
+    again = again or AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name in result.changed:
+        found = again.get_parameter(name)
+        found = found.dequantize() if isinstance(found, octavo.OctavoTensor) else found
+        assert relative_error(found, merged.get_parameter(name)) < 0.008, name
+    if to == "8bit":
+        assert 1e-6 < result.added_error < 6e-5
+    assert relative_error(logits(again), expected) < 0.03
+
+
+def test_stacks_that_the_files_hold_in_parts_are_named(tmp_path):
+    saved(mixtral, tmp_path, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(ValueError, match=r"mlp.experts.down_proj, which these files hold under other names"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
 def test_what_cannot_be_merged_is_named(tmp_path):
     saved(gptj, tmp_path, target_modules=["q_proj"])
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
@@ -145,9 +198,11 @@ def test_what_cannot_be_merged_is_named(tmp_path):
     ):
         merge(tmp_path / "other", adapter, out)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": ["x"]}))
-    with pytest.raises(
-        ValueError, match=r"expected a plain LoRA adapter, found LORA with \['target_parameters'\]"
-    ):
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": [1]}))
+    with pytest.raises(ValueError, match=r"expected a LoRA adapter, found LORA with trainable_token_indices"):
+        merge(base, adapter, out)
+    of_another = {**config, "target_modules": [], "target_parameters": ["k_proj.weight"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(of_another))
+    with pytest.raises(ValueError, match=r"names weight in target_parameters, but"):
         merge(base, adapter, out)
     assert not out.exists() and not (tmp_path / "out.partial").exists()

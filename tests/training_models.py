@@ -8,6 +8,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -50,6 +52,22 @@ def mixtral():
     return MixtralForCausalLM(
         MixtralConfig(
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_local_experts=4, **HEADS, **TOKENS
+        )
+    )
+
+
+def gpt_oss():
+    return GptOssForCausalLM(
+        GptOssConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_local_experts=4,
+            head_dim=16,
+            num_experts_per_tok=2,
+            layer_types=["full_attention", "full_attention"],
+            **HEADS,
+            **TOKENS,
         )
     )
 

@@ -12,7 +12,6 @@ Example:
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -28,14 +27,13 @@ from ..checkpoint.shards import ShardFile, header_room, shard_names
 from ..checkpoint.skeleton import build_skeleton
 from ..checkpoint.units import Piece, piece_nbytes
 from ..config import OctavoConfig, stored_block_size
-from ..model import holds_transpose, plan_model
+from ..model import Entry, holds_transpose, plan_model
 from ..quantizer import Packed, quantize_parameter
 from ..tensor import SUFFIXES, OctavoTensor
+from .adapter_files import Adapter
 
 TYPES = {"8bit": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SHARD_SIZE = 5_000_000_000
-PREFIX = "base_model.model."
-SIDES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
 @dataclass
@@ -62,78 +60,6 @@ class MergeResult:
     def added_error(self) -> float:
         """‖merged − stored‖² / ‖merged‖² over the changed weights: what storing them in 8 bits adds."""
         return self.error / self.power if self.power else 0.0
-
-
-class Adapter:
-    """A LoRA adapter folder of PEFT, read lazily.
-
-    Raises:
-        ValueError: if the folder holds none, or one of a kind that cannot be merged tensor by tensor.
-    """
-
-    def __init__(self, folder: str | Path):
-        from safetensors import safe_open
-
-        self.folder = Path(folder)
-        try:
-            self.config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
-            self.file = safe_open(self.folder / "adapter_model.safetensors", "pt")
-        except OSError as error:
-            raise ValueError(
-                f"{folder}: expected a PEFT adapter folder with adapter_config.json and adapter_model.safetensors "
-                f"({error})"
-            ) from error
-        asked = [name for name in ("target_parameters", "trainable_token_indices") if self.config.get(name)]
-        if self.config.get("peft_type") != "LORA" or asked:
-            raise ValueError(
-                f"{folder}: expected a plain LoRA adapter, found {self.config.get('peft_type')} with {asked or 'no'} "
-                "special options. Load it with PEFT and call merge_and_unload(), which holds the whole model in memory"
-            )
-        self.sides: dict[str, dict[str, str]] = {}
-        self.values: dict[str, str] = {}
-        for key in self.file.keys():  # noqa: SIM118  (no dictionary)
-            name = key.removeprefix(PREFIX)
-            side = next((side for side in SIDES if name.endswith(f".{side}")), None)
-            if side is not None:
-                self.sides.setdefault(name.removesuffix(f".{side}"), {})[side] = key
-            elif ".original_module." not in name:
-                # A norm or a bias that was trained whole; PEFT wraps the layers that adapters sit on.
-                self.values[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = key
-
-    def delta(self, module: str) -> torch.Tensor:
-        """What is added to the weight of `module`, float32, rows as PEFT has them: [out, in], [num, dim] for embeddings."""
-        keys = self.sides[module]
-        rank = self._pattern("rank_pattern", module, self.config["r"])
-        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        if "lora_embedding_A" in keys:
-            down, up = (self.file.get_tensor(keys[f"lora_embedding_{side}"]).float() for side in "AB")
-            return scale * (up @ down).T
-        down, up = (self.file.get_tensor(keys[f"lora_{side}.weight"]).float() for side in "AB")
-        return scale * (up @ down)
-
-    def merged(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """A weight of `module`, float32, rows as `delta` has them, with the adapter in it.
-
-        DoRA (Liu et al. 2024, arXiv:2402.09353): `m · (W + ΔW) / ‖W + ΔW‖`, the norm over what an output sums over; of
-        an embedding PEFT takes the norm over the vocabulary.
-        """
-        weight = weight + self.delta(module)
-        keys = self.sides[module]
-        if "lora_magnitude_vector" not in keys:
-            return weight
-        over = 0 if "lora_embedding_A" in keys else 1
-        magnitude = self.file.get_tensor(keys["lora_magnitude_vector"]).float().reshape(-1)
-        return weight * (magnitude / torch.linalg.norm(weight, dim=over)).unsqueeze(over)
-
-    def _pattern(self, table: str, module: str, default: float) -> float:
-        """PEFT's own rule: the first pattern that the module's name ends with."""
-        import re
-
-        for pattern, value in (self.config.get(table) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
 
 
 def merge(
@@ -194,6 +120,8 @@ class _Merge:
         model_config = source.model_config()
         del model_config.quantization_config
         self.model = build_skeleton(model_config)
+        if adapter.has_stacks:
+            adapter.place_on_stacks(build_skeleton(model_config))
         self.entries = plan_model(self.model, self.config).entries
         self.result = MergeResult(out)
         self.homes = self._homes()
@@ -202,7 +130,7 @@ class _Merge:
         """Every parameter and buffer to write → the one in the source that it comes from."""
         stored = (name.removesuffix("_qdata") for name in self.source.tensors)
         homes = {name: name for name in stored if not name.endswith(("_absmax", "_code"))}
-        changed = {f"{module}.weight" for module in self.adapter.sides} | set(self.adapter.values)
+        changed = set(self.adapter.sides) | set(self.adapter.values)
         known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         unknown = sorted(changed - known)
         if unknown:
@@ -218,6 +146,13 @@ class _Merge:
                 # tensors.
                 homes.update(dict.fromkeys(group, home))
                 self.result.untied += group
+        elsewhere = sorted(changed - homes.keys())
+        if elsewhere:
+            raise ValueError(
+                f"{self.source.folder}: the adapter changes {elsewhere[0]}, which these files hold under other names or in "
+                "parts, as transformers' save_pretrained writes some models. Write them anew from the original weights "
+                "with `octavo quantize`, which keeps the model's own names"
+            )
         return homes
 
     def run(self, max_shard_size: int, progress: Callable[[int, int, str], None] | None) -> MergeResult:
@@ -284,15 +219,14 @@ class _Merge:
             value = self.adapter.file.get_tensor(self.adapter.values[name])
             kept = self.source.tensors[home].dtype
             return {name: value.to(self.dtype or kept)}
-        module = name.removesuffix(".weight")
-        changed = module in self.adapter.sides
+        changed = name in self.adapter.sides
         if not self._is_packed(home):
             value = self.source.read(home)
             if changed:
                 self.result.changed.append(name)
-                turned = holds_transpose(self.model.get_submodule(module))
-                rows = self.adapter.merged(module, value.float().T if turned else value.float())
-                value = (rows.T if turned else rows).to(value.dtype).contiguous()
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                turned = holds_transpose(module) and not self.adapter.is_stack(name)
+                value = self._merged(name, value.float(), turned).to(value.dtype)
             return {name: value.to(self.dtype) if self.dtype and value.is_floating_point() else value}
         qdata, absmax, code = (self.source.read(f"{home}_{suffix}") for suffix in SUFFIXES)
         if not changed and self.dtype is None:
@@ -302,15 +236,22 @@ class _Merge:
         dense = weight.dequantize()
         if changed:
             self.result.changed.append(name)
-            # Rows of what is stored are outputs, as those of PEFT's delta.
-            dense = self.adapter.merged(module, dense)
+            # Rows of what is stored are outputs, as PEFT's are for layers; it takes stacks as the model has them.
+            dense = self._merged(name, dense, self.adapter.is_stack(name) and self._entry(name).transposed)
         if self.dtype is not None:
             return {name: self._as_in_the_model(name, dense).to(self.dtype)}
         return self._packed_anew(name, dense, block_size)
 
+    def _merged(self, name: str, weight: torch.Tensor, turned: bool) -> torch.Tensor:
+        """A float32 weight with the adapter in it; `turned`: the adapter has it the other way round."""
+        rows = self.adapter.merged(name, weight.mT if turned else weight)
+        return rows.mT.contiguous() if turned else rows
+
+    def _entry(self, name: str) -> Entry:
+        return next(e for e in self.entries.values() if name in (e.name, *e.aliases))
+
     def _as_in_the_model(self, name: str, dense: torch.Tensor) -> torch.Tensor:
-        entry = next(e for e in self.entries.values() if name in (e.name, *e.aliases))
-        return dense.mT.contiguous() if entry.transposed else dense
+        return dense.mT.contiguous() if self._entry(name).transposed else dense
 
     def _packed_anew(self, name: str, dense: torch.Tensor, block_size: int) -> dict[str, torch.Tensor]:
         config = OctavoConfig(self.config.codebook, block_size, scales=self.config.scales)
