@@ -14,6 +14,8 @@ Example:
     torch.Size([3, 16])
 """
 
+import threading
+
 import torch
 import torch.nn.functional as F
 
@@ -30,18 +32,25 @@ _FUSED_TOKENS = {torch.bfloat16: 14, torch.float32: 32, torch.float16: 1 << 40}
 # The same in bfloat16 where the kernels have a product of many tokens (csrc/many_bf16.h), against that. Measured on one core of a
 # Zen 5, cycles for 64 weights, fused against many, from cache: 8: 26.5 / 25.5, 16: 53 / 34; from memory: 8: 26 / 31.
 _FUSED_TOKENS_BEFORE_MANY = 8
-# Most tokens for that product. It takes all; but not on processors with matrix tiles (AMX), which PyTorch uses and these kernels
-# do not: there panels take over at what its packing of a panel costs, an estimate that is not measured.
-_MANY_TOKENS = 1 << 40
+# Most tokens for that product; more are taken in groups of 512 (csrc/types.h), each of which decodes the weights again. Measured
+# on two cores of a Zen 5, time over PyTorch's with a dense matrix, many / panels:
+#   512 tokens: 8192 x 2048 1.02 / 1.03, 2048 x 8192 1.00 / 1.07; 1024: 1.02 / 1.01, 1.02 / 1.02; 2048: 1.11 / 1.01, 1.16 / 1.01
+_MANY_TOKENS = 512
+# On processors with matrix tiles (AMX), which PyTorch uses and these kernels do not, panels take over at what its packing of a
+# panel costs, an estimate that is not measured.
 _MANY_TOKENS_TILES = 32
 # The same for avx2, neon and portable, where looking a code up costs more: on avx2, 2048 x 2048, bfloat16, one core of a Zen 5:
 # 4: 1.2 / 1.7   8: 2.3 / 1.9.
 _FUSED_TOKENS_SLOW = 4
 # Most tokens for the fused product with the transposed matrix, measured as above in bfloat16: 4: 0.52 / 0.60, 8: 0.86 / 0.71.
 _FUSED_TOKENS_TRANSPOSED = 6
-# Bytes of a de-quantized panel: it should stay in the second-level caches. Measured as above, 8192 x 2048, 512 tokens of
-# bfloat16, against PyTorch on a dense matrix: 0.5 MB 0.986, 1 MB 1.007, 2 MB 1.008, 4 MB 1.004, 8 MB 0.964.
-_PANEL_BYTES = 2 << 20
+# Rows of a de-quantized panel, and the most bytes of one: half of the third-level cache of the processor measured on. The input
+# is read anew for each panel, so that few rows cost time. Two cores of a Zen 5, time over PyTorch's with a dense matrix,
+# bfloat16, panels of 2 / 4 / 8 / 16 / 32 MB:
+#   2048 x 8192, 2048 tokens: 1.19 1.08 1.02 1.03 1.13   8192 x 2048, 2048 tokens: 1.01 1.01 1.01 1.03 1.12
+#   2048 x 8192, 1024 tokens: 1.19 1.13 1.08 1.05 1.03   16384 x 4096 transposed, 1024 tokens: 1.50 1.23 1.12 1.06 1.09
+_PANEL_ROWS = 1024
+_PANEL_BYTES = 16 << 20
 # Panels of columns start at multiples of this.
 _COLUMN_STEP = 64
 
@@ -132,8 +141,25 @@ def _linear_many(x, qdata, absmax, code, block_size, bias, tokens):
     return out if done else None
 
 
+_kept = threading.local()
+
+
+def _panel(numbers: int, dtype: torch.dtype) -> torch.Tensor:
+    """Room for a panel, kept by each thread.
+
+    Memory fresh from the system costs a page fault every 4 KB: a tenth of a product of 512 tokens.
+    """
+    bytes_wanted = numbers * dtype.itemsize
+    kept = getattr(_kept, "panel", None)
+    if kept is None or kept.numel() < bytes_wanted:
+        kept = torch.empty(bytes_wanted, dtype=torch.uint8)
+        if bytes_wanted <= _PANEL_BYTES:
+            _kept.panel = kept
+    return kept[:bytes_wanted].view(dtype)
+
+
 def _panel_rows(columns: int, dtype: torch.dtype) -> int:
-    return max(64, _PANEL_BYTES // (columns * dtype.itemsize) // 64 * 64)
+    return max(64, min(_PANEL_ROWS, _PANEL_BYTES // (columns * dtype.itemsize) // 64 * 64))
 
 
 def _linear_panels(x, qdata, absmax, code, block_size, bias):
@@ -144,7 +170,7 @@ def _linear_panels(x, qdata, absmax, code, block_size, bias):
     flat = x.reshape(-1, columns).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     step = min(_panel_rows(columns, dtype), rows)
-    panel = torch.empty((step, columns), dtype=dtype)
+    panel = _panel(step * columns, dtype).view(step, columns)
     matrix = native.matrix(qdata, absmax, code, block_size)
     threads, kind, pointer = torch.get_num_threads(), TYPES[dtype], panel.data_ptr()
     if step == rows:
@@ -183,7 +209,7 @@ def linear_transposed_fast(x, qdata, absmax, code, block_size):
     flat = x.reshape(-1, rows).to(dtype)
     out = torch.empty((tokens, columns), dtype=dtype)
     step = min(_panel_rows(rows, dtype), -(-columns // _COLUMN_STEP) * _COLUMN_STEP)
-    panel = torch.empty(rows * step, dtype=dtype)
+    panel = _panel(rows * step, dtype)
     pointer, kind = panel.data_ptr(), TYPES[dtype]
     for start in range(0, columns, step):
         stop = min(start + step, columns)
