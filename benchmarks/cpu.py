@@ -87,7 +87,7 @@ def compare(octavo: Worker, name: str, folder: Path, options: argparse.Namespace
         found: dict = {"ready": peer.ready}
         for what, tokens, rounds in (
             ("decode", 4 if slow else options.decode, 2 if slow else options.rounds),
-            ("prefill", options.prefill, 1 if slow else max(1, options.rounds // 2)),
+            ("prefill", options.prefill, 1 if slow else options.rounds),
         ):
             workers = {"octavo": octavo, "peer": peer}
             found[what] = take_turns(
