@@ -20,6 +20,7 @@ from octavo.training.adapters import add_adapters
 from octavo.training.data import collate
 from octavo.training.loss import language_model_loss
 from octavo.training.run import finetune_model
+from octavo.training.sharding import leave_together
 from tests.test_training_run import SMALL, model_and_data, training_losses
 
 STEPS = 3
@@ -73,8 +74,7 @@ def main(kind: str, output: str, batch_size: str) -> None:
     torch.set_num_threads(1)
     result = {"trainer": by_trainer, "fsdp2": by_fsdp2}[kind](Path(output), int(batch_size))
     Path(output, f"result-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def finetune(
     from octavo.training.recipe import Recipe
     from octavo.training.report import print_table, show_example, write_curve, write_log
     from octavo.training.run import finetune_model, training_device, training_type
-    from octavo.training.sharding import is_sharded, sharding_asked
+    from octavo.training.sharding import is_sharded, leave_together, sharding_asked
 
     recipe = Recipe.of(preset, **{name: given[name] for name in Recipe.__dataclass_fields__ if name in given})
     device = training_device()
@@ -163,9 +163,11 @@ def finetune(
         network, tokenizer, train.examples, held_out.examples, recipe, output, resume=resume
     )
     if _rank() > 0:
+        leave_together()
         return
     write_log(outcome.history, f"{output}/training.json")
     drawn = write_curve(outcome.history, f"{output}/loss.png", title=f"{model} on {', '.join(data)}")
+    leave_together()
     if outcome.interrupted:
         console.print(f"stopped at step {outcome.steps} and saved; the same command with --resume goes on")
         sys.exit(130)

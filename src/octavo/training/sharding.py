@@ -98,6 +98,16 @@ def shard_frozen(model: nn.Module, device: torch.device) -> None:
     setattr(model, SHARDED, True)
 
 
+def leave_together() -> None:
+    """Close the connections between processes, if there are any, once all of them have come here.
+
+    A process that ends while another still talks to it aborts that one.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def is_sharded(model: Any) -> bool:
     """Whether `shard_frozen` has cut this model."""
     return getattr(model, SHARDED, False)
