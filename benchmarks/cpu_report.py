@@ -97,7 +97,7 @@ def show_models(result: dict, folder: Path) -> None:
     methods = ("decode", "prefill")
     best = best_of(*(found[what] for found in result["peers"].values() for what in methods))
     own: dict[str, list[float]] = {what: [] for what in methods}
-    groups: dict[str, dict[str, float]] = {what: {} for what in methods}
+    groups: dict[str, dict[str, dict[str, float]]] = {what: {} for what in methods}
     rows, marked = [], False
     for name, found in result["peers"].items():
         cells, counts = [], []
@@ -105,7 +105,7 @@ def show_models(result: dict, folder: Path) -> None:
             trusted = undisturbed(found[what], best)
             mine, theirs = (chosen(found[what][who], trusted) for who in ("octavo", "peer"))
             own[what] += mine if any(trusted) else []
-            groups[what][name] = spread(theirs)["median"]
+            groups[what][name] = spread([b / a for a, b in zip(mine, theirs, strict=True)])
             ratio = ratios(mine, theirs)
             mark = "" if any(trusted) else " !"
             marked = marked or bool(mark)
@@ -122,7 +122,7 @@ def show_models(result: dict, folder: Path) -> None:
         for what in methods:
             # Where every round was disturbed there is nothing better than all of them.
             values = own[what] or [v for found in result["peers"].values() for v in found[what]["octavo"]]
-            groups[what]["octavo"] = spread(values)["median"]
+            groups[what]["octavo"] = spread([1.0])
             cells += [_cell(values, ".2f"), "1"]
         mine = result["octavo"]
         rows.insert(0, ["octavo", *cells, "", f"{mine['peak_bytes'] / 2**30:.2f}", f"{mine['ready']:.1f}"])
@@ -142,17 +142,21 @@ def show_models(result: dict, folder: Path) -> None:
             ],
             rows,
         )
-        bars(f"models-{shape}", groups, "tokens/s", folder)
+        bars(f"models-{shape}", groups, "speed, Octavo's in the same rounds = 1", folder)
     if marked:
-        print("! every round was disturbed by other work (or a slow memory or clock): not to be trusted")
+        print(
+            "! no round with the machine at its best (others' work, slow memory or clock): the ratio counts, not the speeds"
+        )
     for name, why in result["failed"].items():
         print(f"failed: {name}: {why}")
     if result["missing"]:
         print("not installed:", ", ".join(result["missing"]))
 
 
-def bars(kind: str, groups: dict[str, dict[str, float]], unit: str, folder: Path = RESULTS) -> Path | None:
-    """A horizontal bar chart for each group: group → {engine: value}. None where matplotlib is missing."""
+def bars(
+    kind: str, groups: dict[str, dict[str, dict[str, float]]], unit: str, folder: Path = RESULTS
+) -> Path | None:
+    """A horizontal bar chart for each group: group → {engine: what `spread` gives}. None where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -162,15 +166,21 @@ def bars(kind: str, groups: dict[str, dict[str, float]], unit: str, folder: Path
 
     figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.2), squeeze=False)
     for axis, (title, values) in zip(axes[0], groups.items(), strict=True):
-        names = sorted(values, key=values.get)
+        names = sorted(values, key=lambda name: values[name]["median"])
+        found = [values[name] for name in names]
+        medians = [one["median"] for one in found]
+        reach = [[m - one["low"] for m, one in zip(medians, found, strict=True)]]
+        reach.append([one["high"] - m for m, one in zip(medians, found, strict=True)])
         colors = ["tab:orange" if "octavo" in name else "tab:gray" for name in names]
-        axis.barh(names, [values[name] for name in names], color=colors)
-        axis.bar_label(axis.containers[0], fmt="%.3g", padding=2)
+        chart = axis.barh(
+            names, medians, xerr=reach, color=colors, error_kw={"elinewidth": 1, "ecolor": "0.3"}
+        )
+        axis.bar_label(chart, [f"{m:.3g}" for m in medians], padding=3)
         axis.set_title(title)
         axis.set_xlabel(unit)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{processor_name()}, {torch.get_num_threads()} threads", fontsize=9)
+    figure.suptitle(f"{processor_name()}, {torch.get_num_threads()} threads; median and range", fontsize=9)
     figure.tight_layout()
     path = folder / f"{file_stem(kind)}.png"
     figure.savefig(path, dpi=120)
