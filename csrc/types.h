@@ -1,4 +1,4 @@
-// The plain data that the drivers (ops.cpp) and the kernels of each instruction set share.
+// The plain data that the drivers (ops.h) and the kernels of each instruction set share.
 //
 // A quantized matrix of N rows and K columns in blocks of B:
 //   qdata   uint8 [N, K]                    index into the code

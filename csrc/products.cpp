@@ -1,0 +1,164 @@
+// Products with a quantized matrix, and taking it apart: out of 8 bits.
+#include <cstring>
+#include <limits>
+
+#include "driver.h"
+
+namespace octavo {
+
+void linear(const Kernels& k, const Matrix& matrix, const void* x, DType type, int64_t tokens, const void* bias,
+            DType bias_type, void* out, int threads) {
+  const Packed w = packed(matrix);
+  if (tokens == 0 || w.rows == 0) return;
+  const int64_t stride = padded(w.columns);
+  static thread_local Scratch values_memory, fixed_memory, units_memory, bias_memory;
+
+  Tokens input{tokens, stride, nullptr, nullptr, nullptr};
+  float* values = values_memory.get<float>(tokens * stride);
+  k.widen(x, type, tokens, w.columns, values);
+  input.values = values;
+
+  Table table;
+  bool fixed = k.to_fixed && type != kFloat32 && parts_of(w.scales) <= 4;
+  if (fixed) {
+    k.prepare(matrix.code, true, table);
+    int16_t* integers = fixed_memory.get<int16_t>(tokens * stride);
+    float* units = units_memory.get<float>(tokens * stride / kChunk);
+    fixed = k.to_fixed(values, tokens, w.columns, table.fixed_unit, integers, units);
+    input.fixed = integers;
+    input.units = units;
+  }
+  if (!fixed) k.prepare(matrix.code, false, table);
+
+  Output output{out, type, w.rows, nullptr};
+  if (bias) {
+    float* wide = bias_memory.get<float>(padded(w.rows));
+    k.widen(bias, bias_type, 1, w.rows, wide);
+    output.bias = wide;
+  }
+  const auto dot = fixed ? k.dot_fixed : k.dot;
+  const Split split(w.rows, std::max<int64_t>(1, w.columns), threads);
+  parallel(split.tasks, split.threads, [&](int64_t task, int) {
+    const int64_t row0 = task * split.step, row1 = std::min(row0 + split.step, w.rows);
+    dot(w, table, input, row0, row1, output, kernel_scratch(w.columns));
+  });
+}
+
+// Rows of a task: of all multiples of 16, the largest that leaves the busiest thread the fewest rows.
+int64_t many_rows(int64_t rows, int64_t threads) {
+  int64_t best = kManyRows, least_rows = std::numeric_limits<int64_t>::max();
+  for (int64_t step = kManyRows; step > 0; step -= 16) {
+    const int64_t busiest = ceil_div(ceil_div(rows, step), threads) * step;
+    if (busiest < least_rows) {
+      best = step;
+      least_rows = busiest;
+    }
+  }
+  return best;
+}
+
+bool has_many(const Kernels& k, const Matrix& matrix) { return k.many && parts_of(packed(matrix).scales) <= 4; }
+
+void linear_many(const Kernels& k, const Matrix& matrix, const void* x, int64_t tokens, const void* bias, DType bias_type,
+                 void* out, int threads) {
+  const Packed w = packed(matrix);
+  if (tokens == 0 || w.rows == 0) return;
+  static thread_local Scratch values_memory, bias_memory;
+  const int64_t panels = ceil_div(w.columns, kManyColumns);
+  uint16_t* values = values_memory.get<uint16_t>(panels * tokens * kManyColumns);
+  const Split copies(tokens, w.columns, threads);
+  parallel(copies.tasks, copies.threads, [&](int64_t task, int) {
+    for (int64_t m = task * copies.step; m < std::min((task + 1) * copies.step, tokens); m++)
+      for (int64_t p = 0; p < panels; p++) {
+        uint16_t* target = values + (p * tokens + m) * kManyColumns;
+        const int64_t first = p * kManyColumns, count = std::min(kManyColumns, w.columns - first);
+        std::memcpy(target, static_cast<const char*>(x) + (m * w.columns + first) * 2, static_cast<size_t>(count) * 2);
+        std::fill(target + count, target + kManyColumns, uint16_t{0});
+      }
+  });
+  const ManyTokens input{tokens, values};
+  Table table;
+  k.prepare(matrix.code, false, table);
+  Output output{out, kBFloat16, w.rows, nullptr};
+  if (bias) {
+    float* wide = bias_memory.get<float>(padded(w.rows));
+    k.widen(bias, bias_type, 1, w.rows, wide);
+    output.bias = wide;
+  }
+  const int64_t work = w.rows * std::max<int64_t>(1, w.columns);
+  const int used = static_cast<int>(std::clamp<int64_t>(work / kThreadWeights, 1, std::max(1, threads)));
+  const int64_t step = many_rows(w.rows, used), tasks = ceil_div(w.rows, step);
+  parallel(tasks, used, [&](int64_t task, int) {
+    static thread_local Scratch memory;
+    constexpr int64_t group = 4 * kManyScaled / kChunk * 16, scales = kManyRows / 16 * group;
+    constexpr int64_t panel = kManyColumns * kManyPanel / 2;
+    const int64_t partial = kManyRows * std::min(tokens, kManyTokens);
+    float* start = memory.get<float>(scales + group + panel + partial);
+    const ManyScratch scratch{start, start + scales, start + scales + group + panel,
+                              reinterpret_cast<uint16_t*>(start + scales + group)};
+    const int64_t row0 = task * step;
+    k.many(w, table, input, row0, std::min(row0 + step, w.rows), output, scratch);
+  });
+}
+
+void linear_transposed(const Kernels& k, const Matrix& matrix, const void* x, DType type, int64_t tokens, void* out,
+                       int threads) {
+  const Packed w = packed(matrix);
+  if (tokens == 0 || w.columns == 0) return;
+  static thread_local Scratch values_memory;
+  const int64_t stride = padded(w.rows);
+  float* values = values_memory.get<float>(tokens * stride);
+  k.widen(x, type, tokens, w.rows, values);
+  Table table;
+  k.prepare(matrix.code, false, table);
+
+  // Columns are cut, not rows, so each sum is one thread's and comes out the same for any number of threads.
+  constexpr int64_t kColumns = 512;
+  const int64_t tasks = ceil_div(w.columns, kColumns);
+  const int64_t weights = w.rows * w.columns;
+  const int used = static_cast<int>(std::clamp<int64_t>(weights / kThreadWeights, 1, std::max(1, threads)));
+  parallel(tasks, used, [&](int64_t task, int) {
+    static thread_local Scratch sums_memory;
+    const int64_t col0 = task * kColumns, col1 = std::min(col0 + kColumns, w.columns), width = padded(col1 - col0);
+    float* sums = sums_memory.get<float>(tokens * width);
+    std::fill(sums, sums + tokens * width, 0.0f);
+    k.transposed(w, table, values, stride, tokens, col0, col1, sums, width, kernel_scratch(w.columns));
+    for (int64_t m = 0; m < tokens; m++)
+      k.narrow(sums + m * width, col1 - col0, out, type, m * w.columns + col0);
+  });
+}
+
+void dequantize(const Kernels& k, const Matrix& matrix, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
+                void* out, DType type, int threads) {
+  const Packed w = packed(matrix);
+  const int64_t width = col1 - col0;
+  if (row1 <= row0 || width <= 0) return;
+  Table table;
+  k.prepare(matrix.code, false, table);
+  const Split split(row1 - row0, width, threads);
+  parallel(split.tasks, split.threads, [&](int64_t task, int) {
+    const int64_t first = row0 + task * split.step, last = std::min(first + split.step, row1);
+    char* target = static_cast<char*>(out) + (first - row0) * width * static_cast<int64_t>(size_of(type));
+    k.dequantize(w, table, first, last, col0, col1, target, type, width, kernel_scratch(w.columns));
+  });
+}
+
+int64_t embedding(const Kernels& k, const Matrix& matrix, const int64_t* ids, int64_t count, void* out, DType type,
+                  int threads) {
+  const Packed w = packed(matrix);
+  for (int64_t i = 0; i < count; i++)
+    if (ids[i] < 0 || ids[i] >= w.rows) return i;
+  if (count == 0 || w.columns == 0) return -1;
+  Table table;
+  k.prepare(matrix.code, false, table);
+  const Split split(count, w.columns, threads);
+  parallel(split.tasks, split.threads, [&](int64_t task, int) {
+    for (int64_t i = task * split.step; i < std::min((task + 1) * split.step, count); i++) {
+      char* target = static_cast<char*>(out) + i * w.columns * static_cast<int64_t>(size_of(type));
+      k.dequantize(w, table, ids[i], ids[i] + 1, 0, w.columns, target, type, w.columns, kernel_scratch(w.columns));
+    }
+  });
+  return -1;
+}
+
+}  // namespace octavo
