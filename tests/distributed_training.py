@@ -6,6 +6,7 @@
 accelerate offers FSDP to accelerators only, so that on CPUs FSDP2 is tested without it.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from octavo.training.loss import language_model_loss
 from octavo.training.run import finetune_model
 from octavo.training.sharding import leave_together
 from tests.test_training_run import SMALL, model_and_data, training_losses
+from tests.training_models import frozen_bytes
 
 STEPS = 3
 
@@ -36,7 +38,14 @@ def by_trainer(output: Path, batch_size: int) -> dict:
     model, tokenizer, train, held_out = model_and_data()
     recipe = replace(SMALL, batch_size=batch_size, max_steps=STEPS, lora_dropout=0.0, evaluations=1)
     outcome = finetune_model(model, tokenizer, train, held_out[:3], recipe, output)
-    return {"losses": training_losses(outcome), "after": outcome.after, "held": held_bytes(outcome.model)}
+    stored = hashlib.sha256(b"".join(frozen_bytes(outcome.model).values())).hexdigest()
+    return {
+        "losses": training_losses(outcome),
+        "before": outcome.before,
+        "after": outcome.after,
+        "held": held_bytes(outcome.model),
+        "stored": stored,
+    }
 
 
 def by_fsdp2(output: Path, batch_size: int) -> dict:

@@ -91,20 +91,41 @@ def test_bin_checkpoint(tmp_path):
     )
 
 
-def test_adapter_on_top(tmp_path):
+KINDS = {
+    "lora": {"target_modules": "all-linear", "init_lora_weights": False},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "norms and biases": {"target_modules": ["q_proj"], "modules_to_save": ["ln_f", "ln_1"], "bias": "all"},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_adapter_on_top(options, tmp_path):
     peft = pytest.importorskip("peft")
     plain = tiny_gptj()
     plain.save_pretrained(tmp_path / "plain")
     model = octavo.load(tmp_path / "plain", device="cpu")
     base = logits(model)
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    )
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
     expected = logits(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = octavo.load(tmp_path / "plain", device="cpu", adapter=tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), expected)
     assert (base - expected).abs().max() > 1e-2
+    assert type(loaded) is type(plain) and loaded.active_adapters() == ["default"]
+
+
+def test_what_is_no_adapter_is_named(tmp_path):
+    pytest.importorskip("peft")
+    tiny_gptj().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"expected a PEFT adapter folder, found no adapter_config.json"):
+        octavo.load(tmp_path / "plain", device="cpu", adapter=tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"nowhere: no such folder"):
+        octavo.load(tmp_path / "plain", device="cpu", adapter=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, "float32"])

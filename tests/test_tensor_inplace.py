@@ -260,3 +260,16 @@ def test_too_large_for_float16_scales_leaves_the_old_values():
 def test_broadcasting_into_it_is_refused_as_by_torch():
     with pytest.raises(RuntimeError):
         make(8, 128).add_(torch.ones(3, 8, 128))
+
+
+@pytest.mark.parametrize("codebook", ["fitted", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_own_values_change_no_byte(codebook, dtype):
+    """DistributedDataParallel copies what the first process has into every parameter, as floats."""
+    weight = make(16, 128, config=octavo.OctavoConfig(codebook=codebook), dtype=dtype)
+    before = [part.clone() for part in (weight.qdata, weight.absmax, weight.code)]
+    weight.copy_(weight.dequantize())
+    weight.data.copy_(weight.dequantize().clone())
+    assert all(
+        torch.equal(*pair) for pair in zip(before, (weight.qdata, weight.absmax, weight.code), strict=True)
+    )

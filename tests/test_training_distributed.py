@@ -66,6 +66,9 @@ def test_data_parallel_through_accelerate(tmp_path):
     assert first["after"]["eval_tokens"] == alone["after"]["eval_tokens"] == 3 * 31
     assert first["after"]["eval_loss"] == pytest.approx(alone["after"]["eval_loss"], rel=2e-4)
     assert first["held"] == second["held"] == alone["held"]
+    # DDP's first broadcast leaves the frozen weights as they were.
+    assert first["stored"] == second["stored"] == alone["stored"]
+    assert first["before"]["eval_loss"] == pytest.approx(alone["before"]["eval_loss"], rel=1e-6)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 import octavo
 from octavo.training.data import tokenize
 from octavo.training.recipe import Recipe
-from octavo.training.run import finetune_model, newest_checkpoint
+from octavo.training.run import finetune_model, newest_checkpoint, refuse_to_overwrite
 
 from .test_training_data import byte_tokenizer
 from .training_models import frozen_bytes, llama_tied, quantized
@@ -151,6 +151,12 @@ def test_resuming_with_other_options_or_without_a_checkpoint_is_refused(tmp_path
     run(tmp_path, callbacks=[StopAt(2)])
     with pytest.raises(ValueError, match=r"--learning-rate was 0\.005, is 0\.1"):
         run(tmp_path, replace(SMALL, learning_rate=0.1), resume=True)
+    model, tokenizer, train, held_out = model_and_data()
+    with pytest.raises(ValueError, match=r"found others: --validation gives other examples$"):
+        finetune_model(model, tokenizer, train, held_out[1:], SMALL, tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"holds a run already: --resume goes on with it"):
+        refuse_to_overwrite(tmp_path)
+    refuse_to_overwrite(tmp_path / "new")
 
 
 @pytest.mark.slow

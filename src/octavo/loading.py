@@ -81,7 +81,9 @@ def load(
 
             add_published_adapters(model, source.adapters)
     if adapter is not None:
-        model.load_adapter(str(adapter))
+        from .integrations.peft import add_adapter
+
+        add_adapter(model, adapter)
     return model.eval()
 
 

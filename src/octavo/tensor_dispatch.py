@@ -191,7 +191,12 @@ def copy_(target, source, non_blocking=False):
                 target.code.copy_(source.code, non_blocking)
             return target
     dense = source.dequantize(target.dtype) if isinstance(source, OctavoTensor) else source
-    return target.rewrite_(torch.broadcast_to(dense, target.shape))
+    dense = torch.broadcast_to(dense, target.shape)
+    # Its own values leave it alone: DistributedDataParallel gives every parameter what the first process has.
+    known = dense.dtype.is_floating_point and not target.qdata.is_meta and dense.device == target.device
+    if known and torch.equal(dense, target.dequantize(dense.dtype)):
+        return target
+    return target.rewrite_(dense)
 
 
 def _scaled(weight: Any, factor: Any, divide: bool):

@@ -132,10 +132,20 @@ def finetune(
     from octavo.training.data import read_records, split_records, tokenize
     from octavo.training.recipe import Recipe
     from octavo.training.report import print_table, show_example, write_curve, write_log
-    from octavo.training.run import finetune_model, training_device, training_type
+    from octavo.training.run import (
+        finetune_model,
+        newest_checkpoint,
+        refuse_to_overwrite,
+        training_device,
+        training_type,
+    )
     from octavo.training.sharding import is_sharded, leave_together, sharding_asked
 
     recipe = Recipe.of(preset, **{name: given[name] for name in Recipe.__dataclass_fields__ if name in given})
+    if resume:
+        newest_checkpoint(output)
+    else:
+        refuse_to_overwrite(output)
     device = training_device()
     # Of several processes the first one talks.
     console = Console(stderr=True, quiet=device.index not in (None, 0) or _rank() > 0)

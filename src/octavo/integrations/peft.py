@@ -11,6 +11,7 @@ Example:
     >>> add_published_adapters(model, {"transformer.h.0.attn.q_proj": (down, up)})  # doctest: +SKIP
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,37 @@ from ..checkpoint.adapters import lora_options
 from ..tensor import OctavoTensor
 
 ADAPTER_NAME = "published"
+
+
+def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
+    """Put a PEFT adapter onto a transformers model, active, by PEFT's own loading.
+
+    transformers' `load_adapter` leaves DoRA's magnitudes and parameters that were trained whole as they were initialized.
+
+    Args:
+        model: a transformers model; its layers are changed in place.
+        adapter: a folder as `octavo finetune` and PEFT write it, or a hub id.
+
+    Raises:
+        ImportError: if PEFT is not installed, saying how to install it.
+        ValueError: if there is no adapter there, or one of another model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("adapters need PEFT: `pip install 'octavo[train]'`") from error
+    folder = Path(adapter).expanduser()
+    if folder.is_dir() and not (folder / "adapter_config.json").exists():
+        raise ValueError(f"{adapter}: expected a PEFT adapter folder, found no adapter_config.json in it")
+    if not folder.exists() and (folder.is_absolute() or str(adapter).count("/") != 1):
+        raise ValueError(f"{adapter}: no such folder, and not a hub id of the form organization/name")
+    try:
+        wrapped: Any = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
+    except RuntimeError as error:
+        raise ValueError(f"{adapter}: the adapter is not of this model: {error}") from error
+    # What transformers' own functions for adapters ask for.
+    model.peft_config = {name: wrapped.peft_config[name]}
+    model._hf_peft_config_loaded = True
 
 
 def add_published_adapters(model: Any, adapters: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -60,25 +60,36 @@ def read_records(sources: Iterable[str]) -> list[dict[str, Any]]:
     """
     records: list[dict[str, Any]] = []
     for source in sources:
-        path = Path(source)
-        ending = path.suffix.lower()
-        if not path.exists() and ending in (".txt", ".jsonl", ".json", ".csv"):
-            raise FileNotFoundError(f"--data {source}: no such file")
-        if ending == ".txt":
-            records.append({"text": path.read_text(encoding="utf-8"), "packed": True})
-        elif ending in (".jsonl", ".json"):
-            records += [_checked(record, place) for place, record in _read_json(path)]
-        elif ending == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file))
-            records += [_checked(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
-        elif path.exists():
+        try:
+            records += _read(source)
+        except UnicodeDecodeError as error:
             raise ValueError(
-                f"--data {source}: expected a .txt, .jsonl, .json or .csv file, found {ending or 'none'}"
-            )
-        else:
-            records += _read_hub(source)
+                f"--data {source}: expected text in UTF-8, found byte {error.object[error.start]:#04x} at {error.start}; convert "
+                f"it: iconv -f LATIN1 -t UTF-8 {source}"
+            ) from error
     return records
+
+
+def _read(source: str) -> list[dict[str, Any]]:
+    path = Path(source)
+    ending = path.suffix.lower()
+    if not path.exists():
+        if ending in (".txt", ".jsonl", ".json", ".csv"):
+            raise FileNotFoundError(f"--data {source}: no such file")
+        return _read_hub(source)
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"--data {source}: the file is empty")
+    if ending == ".txt":
+        return [{"text": path.read_text(encoding="utf-8"), "packed": True}]
+    if ending in (".jsonl", ".json"):
+        return [_checked(record, place) for place, record in _read_json(path)]
+    if ending == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [_checked(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
+    raise ValueError(
+        f"--data {source}: expected a .txt, .jsonl, .json or .csv file, found {ending or 'none'}"
+    )
 
 
 def _read_json(path: Path) -> Iterable[tuple[str, Any]]:

@@ -179,6 +179,21 @@ def _weights(model: nn.Module, device: str) -> Estimate:
     return estimate
 
 
+def _panel(model: nn.Module, tokens: int, dtype: torch.dtype, device: str) -> int:
+    """The kernels' own workspace: the largest panel of a matrix that a product of many tokens de-quantizes."""
+    from ..ops.cpu.products import panel_bytes
+    from ..ops.triton.panels import step_for
+
+    found = 0
+    for rows, columns in {p.qdata.shape[-2:] for p in model.parameters() if isinstance(p, OctavoTensor)}:
+        if device == "cpu":
+            found = max(found, panel_bytes(rows, columns, dtype))
+            continue
+        for total, other in ((rows, columns), (columns, rows)):
+            found = max(found, step_for(tokens, other, total, dtype.itemsize) * other * dtype.itemsize)
+    return found
+
+
 def loading(
     config: Any, octavo_config: OctavoConfig, dtype: torch.dtype, *, quantized: bool, device: str = "cuda"
 ) -> Estimate:
@@ -221,6 +236,7 @@ def generating(
         kept = bytes_.live - out.logits.untyped_storage().nbytes()
     estimate.parts["keys and values"] = kept
     estimate.parts["computing"] = bytes_.peak - kept
+    estimate.parts["a panel of weights, in float"] = _panel(model, batch_size * max_length, dtype, device)
     return estimate
 
 
@@ -277,6 +293,7 @@ def training(
     )
     estimate.parts["kept from forward to backward"] = kept
     estimate.parts["computing"] = bytes_.peak - kept
+    estimate.parts["a panel of weights, in float"] = _panel(model, batch_size * max_length, dtype, device)
     return estimate
 
 

@@ -13,6 +13,7 @@ Example:
     9.7
 """
 
+import hashlib
 import json
 import math
 import os
@@ -191,7 +192,7 @@ def finetune_model(
         raise ValueError("nothing to train on: every example is empty, or its prompt fills --max-length")
     output = Path(output)
     checkpoint = newest_checkpoint(output) if resume else None
-    _same_options(recipe, output, checkpoint is not None)
+    _same_options(recipe, train, held_out, output, checkpoint is not None)
     set_seed(recipe.seed)
     # Whether a step computes in 16 bits was settled when the model was loaded.
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
@@ -246,21 +247,45 @@ def _evaluated_at(state: Any) -> bool:
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
 
 
-def _same_options(recipe: Recipe, output: Path, resume: bool) -> None:
-    """Keep the options beside the checkpoints; on resuming, refuse others: the losses would not be the same run's."""
+def refuse_to_overwrite(output: str | Path) -> None:
+    """Keep a new run out of another's folder.
+
+    Raises:
+        ValueError: if `output` holds an adapter or checkpoints.
+    """
+    output = Path(output)
+    if (output / "adapter_model.safetensors").exists() or list(output.glob("checkpoint-*")):
+        raise ValueError(
+            f"--output {output} holds a run already: --resume goes on with it; for a new one give another folder, or remove this"
+        )
+
+
+def _digest(examples: list[Example]) -> str:
+    """Stands for the examples, in their order."""
+    return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
+
+
+def _same_options(
+    recipe: Recipe, train: list[Example], held_out: list[Example], output: Path, resume: bool
+) -> None:
+    """Keep the options and a digest of the data beside the checkpoints; on resuming, refuse others: the losses would not be the
+    same run's."""
     path = output / OPTIONS_FILE
-    options = recipe.to_dict()
+    options = {**recipe.to_dict(), "data": _digest(train), "validation": _digest(held_out)}
     if resume and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         other = {
-            name: (before.get(name), value) for name, value in options.items() if before.get(name) != value
+            name: (before[name], value) for name, value in options.items() if before.get(name, value) != value
         }
         if other:
             listed = ", ".join(
-                f"--{n.replace('_', '-')} was {old}, is {new}" for n, (old, new) in other.items()
+                f"--{n.replace('_', '-')} was {old}, is {new}"
+                if n in recipe.to_dict()
+                else f"--{n} gives other examples"
+                for n, (old, new) in other.items()
             )
             raise ValueError(
-                f"--resume: expected the options that the run was started with, found others: {listed}"
+                f"--resume: expected the options and the data that the run was started with, found others: {listed}"
             )
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")

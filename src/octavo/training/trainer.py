@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from ..integrations.distributed import ignore_frozen
 from .loss import IGNORED, language_model_loss
 from .sharding import data_parallel, is_sharded
 
@@ -49,7 +50,8 @@ class OctavoTrainer(Trainer):
 
     def _wrap_model(self, model, training=True, dataloader=None):
         if not training or not is_sharded(model):
-            return super()._wrap_model(model, training, dataloader)
+            # DDP would broadcast the frozen weights, as floats.
+            return super()._wrap_model(ignore_frozen(model), training, dataloader)
         # accelerate wraps no model that holds shards. It prepares autocast; DDP is for the adapters.
         self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         return data_parallel(model)

@@ -162,6 +162,15 @@ def _panel_rows(columns: int, dtype: torch.dtype) -> int:
     return max(64, min(_PANEL_ROWS, _PANEL_BYTES // (columns * dtype.itemsize) // 64 * 64))
 
 
+def panel_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Bytes of the largest panel that a product with a matrix or its transpose de-quantizes, for inputs of `dtype`."""
+    dtype = _PANEL_TYPES[dtype]
+    numbers = max(
+        min(rows, _panel_rows(columns, dtype)) * columns, min(columns, _panel_rows(rows, dtype)) * rows
+    )
+    return numbers * dtype.itemsize
+
+
 def _linear_panels(x, qdata, absmax, code, block_size, bias):
     """Many tokens: a panel of rows is de-quantized into a buffer that stays in cache and multiplied by PyTorch."""
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
