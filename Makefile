@@ -26,7 +26,7 @@ $(INSTALLED): $(VENV)/bin/python $(SOURCES)
 	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## the main job on the model that ships with the project, in under two minutes
+demo: $(INSTALLED)  ## the main job on the model that ships with the project: a minute or two, after the installation
 	$(BIN)/octavo demo
 
 test: $(INSTALLED)  ## the tests, without the slow ones

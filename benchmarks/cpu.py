@@ -44,6 +44,13 @@ READ_BYTES = 128 << 20
 MATMUL = 256
 
 
+def positive(text: str) -> int:
+    """A number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text}")
+    return int(text)
+
+
 def start(name: str, folder: Path) -> Worker:
     """An engine of `benchmarks.cpu_engines` in a process of its own, its files laid out in the page cache as for any other."""
     page_cache.in_huge_pages(files_of(name, folder))
@@ -149,17 +156,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["kernels", "models"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--rows", type=int, default=16384, help="kernels: rows of the matrix")
-    parser.add_argument("--columns", type=int, default=4096, help="kernels: columns of the matrix")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="default: torch's")
+    parser.add_argument("--rounds", type=positive, default=6, help="measurements of each, in turns")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON and the plot")
+    parser.add_argument("--rows", type=positive, default=16384, help="kernels: rows of the matrix")
+    parser.add_argument("--columns", type=positive, default=4096, help="kernels: columns of the matrix")
     parser.add_argument("--shape", choices=list(SHAPES), default="1b", help="models: the model's shape")
     parser.add_argument(
         "--engines", nargs="*", choices=list(ENGINES), help="models: which peers; default: all"
     )
-    parser.add_argument("--decode", type=int, default=32, help="models: tokens decoded one by one")
-    parser.add_argument("--prefill", type=int, default=512, help="models: tokens of a prefill")
+    parser.add_argument("--decode", type=positive, default=32, help="models: tokens decoded one by one")
+    parser.add_argument("--prefill", type=positive, default=512, help="models: tokens of a prefill")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/benchmarks"), help="models: where checkpoints go"
     )
@@ -167,7 +174,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.what == "kernels":
-        result = {"machine": machine(), **cpu_kernels.run(options.rows, options.columns, options.rounds)}
+        found = machine()
+        kernels, load = found["kernels"]["active"], found["load_before"]
+        print(f"{found['processor']}, {options.threads} threads, {kernels} kernels, load before {load:.1f}")
+        result = {"machine": found, **cpu_kernels.run(options.rows, options.columns, options.rounds)}
         print("written to", save("kernels", result, options.results))
         return
     result = run_models(options)

@@ -137,6 +137,7 @@ def _finetune(console, out: Path, text: Path) -> None:
 
     from octavo import load, load_tokenizer
     from octavo.training.demo import EVERY, finetune_demo
+    from octavo.training.report import write_curve, write_log
 
     adapter = out.parent / "adapter"
     console.print(
@@ -161,6 +162,9 @@ def _finetune(console, out: Path, text: Path) -> None:
         # PEFT's and transformers' notes to programmers.
         warnings.simplefilter("ignore")
         result = finetune_demo(model, load_tokenizer(out), text, adapter, progress=show)
+    write_log(result.outcome.history, str(adapter / "training.json"))
+    title = f"{text.name}, every {EVERY}th chapter held out"
+    drawn = write_curve(result.outcome.history, str(adapter / "loss.png"), title=title)
     table = Table()
     for title in ("", "before", "after"):
         table.add_column(title, overflow="fold")
@@ -176,4 +180,5 @@ def _finetune(console, out: Path, text: Path) -> None:
         f"   Of their {result.verses} verses {result.repeated} occur word for word in what was learned."
     )
     same = "unchanged, byte for byte" if result.frozen_unchanged else "CHANGED: please report this"
-    console.print(f"   8-bit weights: {same}. Adapter: {adapter}")
+    curve = ", with its loss curve, loss.png" if drawn else ""
+    console.print(f"   8-bit weights: {same}. Adapter: {adapter}{curve}")

@@ -128,6 +128,7 @@ def finetune(
 
     from rich.console import Console
 
+    from octavo.cli.progress import quiet_future_warnings
     from octavo.loading import load, load_tokenizer
     from octavo.training.data import read_records, split_records, tokenize
     from octavo.training.recipe import Recipe
@@ -141,6 +142,7 @@ def finetune(
     )
     from octavo.training.sharding import is_sharded, leave_together, sharding_asked
 
+    quiet_future_warnings()
     recipe = Recipe.of(preset, **{name: given[name] for name in Recipe.__dataclass_fields__ if name in given})
     if resume:
         newest_checkpoint(output)

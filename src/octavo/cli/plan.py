@@ -54,9 +54,11 @@ def plan(
     import torch
     from rich.console import Console
 
+    from octavo.cli.progress import quiet_future_warnings
     from octavo.training import memory as estimates
     from octavo.training.recipe import Recipe
 
+    quiet_future_warnings()
     if device not in ("cuda", "cpu"):
         raise ValueError(f"--device: expected cuda or cpu, found {device!r}")
     available = None if memory is None else parse_memory(memory)

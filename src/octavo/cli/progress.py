@@ -46,3 +46,10 @@ def quiet_loading(always: bool = True) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+def quiet_future_warnings() -> None:
+    """Keep libraries' notes to programmers (what a later version will rename) from a command's output."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -35,8 +35,8 @@ def _load() -> tuple[bool, str]:
         return False, f"{ISA_VARIABLE}=none"
     if library is None:
         return False, (
-            f"the native kernels were not built ({_import_error}); reinstall where there is a C++17 compiler, with pip -v to "
-            "see what fails"
+            "the native kernels were not built: reinstall where there is a C++17 compiler, with pip -v to see what fails "
+            f"({_import_error})"
         )
     if _requested:
         if _requested not in library.supported():
