@@ -91,9 +91,8 @@ struct Avx2 {
   static OCTAVO_INLINE FixedCodes load_fixed_codes(const Table& t) { return {t.steps}; }
 
   template <int M, int Parts>
-  static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* scales,
-                                        const float* units, int64_t c, const int16_t* x, int64_t stride,
-                                        V (&acc)[M]) {
+  static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* factors,
+                                        int64_t c, const int16_t* x, int64_t stride, V (&acc)[M]) {
     I low[2] = {}, high[2] = {}, bytes[2];
     for (int h = 0; h < 2; h++) bytes[h] = _mm256_loadu_si256(reinterpret_cast<const I*>(q + 32 * h));
     for (int half = 0; half < 2; half++) {
@@ -111,16 +110,15 @@ struct Avx2 {
     for (int h = 0; h < 2; h++) {
       // Lanes of 128 bits: each holds sixteen weights, the first eight in `even`.
       const I even = _mm256_unpacklo_epi8(low[h], high[h]), odd = _mm256_unpackhi_epi8(low[h], high[h]);
-      const V scale = Parts == 1   ? set1(scales[c])
-                      : Parts == 2 ? set1(scales[2 * c + h])
-                                   : _mm256_set_m128(_mm_set1_ps(scales[4 * c + 2 * h + 1]),
-                                                     _mm_set1_ps(scales[4 * c + 2 * h]));
       for (int m = 0; m < M; m++) {
         const I* xm = reinterpret_cast<const I*>(x + m * stride + c * kChunk + 32 * h);
         const I sum = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(xm)),
                                        _mm256_madd_epi16(odd, _mm256_loadu_si256(xm + 1)));
-        const V unit = set1(units[m * (stride / kChunk) + c]);
-        acc[m] = fma(mul(_mm256_cvtepi32_ps(sum), unit), scale, acc[m]);
+        const float* f = factors + (m * (stride / kChunk) + c) * Parts;
+        const V factor = Parts == 1   ? set1(f[0])
+                         : Parts == 2 ? set1(f[h])
+                                      : _mm256_set_m128(_mm_set1_ps(f[2 * h + 1]), _mm_set1_ps(f[2 * h]));
+        acc[m] = fma(_mm256_cvtepi32_ps(sum), factor, acc[m]);
       }
     }
   }

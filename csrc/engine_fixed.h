@@ -2,12 +2,44 @@
 //
 // The code becomes integers of at most 16383, each chunk of 64 inputs integers of at most 32767 with a unit of its own, so
 // four products add up in 32 bits. Against float64 this errs less than rounding the weights to bfloat16 or float16 does. The
-// policy provides `FixedCodes`, and `fixed_chunk` that adds one chunk's products to the sums of M tokens.
+// policy provides `FixedCodes`, and `fixed_chunk` that adds one chunk's products, times their factors, to the sums of M tokens.
 #pragma once
 #include "engine.h"
 
 namespace octavo {
 namespace {
+
+// The products of scales and units, so that one factor is left for the loop over chunks: of M tokens, [M, chunks * Parts].
+// Measured on one core of a Zen 4, from cache, one token: 27.7 G weights/s instead of 24.4.
+template <class S, int M, int Parts>
+class Factors {
+ public:
+  // They lie in the scratch behind what RowScales uses of it.
+  Factors(const float* units, int64_t columns, float* scratch)
+      : count_(chunks_of(columns) * Parts), units_(units), factors_(scratch + padded(columns) + 2 * kChunk) {
+    if constexpr (Parts > 1) {
+      float* repeated = factors_ + M * count_;
+      for (int64_t i = 0; i < M * count_; i++) repeated[i] = units[i / Parts];
+      units_ = repeated;
+    }
+  }
+
+  OCTAVO_INLINE const float* row(const float* scales) const {
+    for (int m = 0; m < M; m++) {
+      const float* u = units_ + m * count_;
+      float* out = factors_ + m * count_;
+      int64_t i = 0;
+      for (; i + S::L <= count_; i += S::L) S::store(out + i, S::mul(S::load(scales + i), S::load(u + i)));
+      for (; i < count_; i++) out[i] = scales[i] * u[i];
+    }
+    return factors_;
+  }
+
+ private:
+  const int64_t count_;
+  const float* units_;
+  float* const factors_;
+};
 
 template <class S, int M, int Parts>
 void dot_fixed_rows(const Packed& w, const Table& table, const Tokens& x, int64_t token, int64_t row0, int64_t row1,
@@ -15,21 +47,20 @@ void dot_fixed_rows(const Packed& w, const Table& table, const Tokens& x, int64_
   const typename S::FixedCodes codes = S::load_fixed_codes(table);
   const int64_t chunks = chunks_of(w.columns), full = w.columns / kChunk;
   const int16_t* fixed = x.fixed + token * x.stride;
-  const float* units = x.units + token * chunks;
   RowScales<S> row_scales(w.scales, w.columns, Parts, 0, chunks, scratch);
+  const Factors<S, M, Parts> row_factors(x.units + token * chunks, w.columns, scratch);
   uint8_t tail[kChunk];
   for (int64_t n = row0; n < row1; n++) {
-    const float* scales = row_scales.row(n, row1);
+    const float* factors = row_factors.row(row_scales.row(n, row1));
     const uint8_t* row = w.qdata + n * w.columns;
     typename S::V acc[M];
     for (int m = 0; m < M; m++) acc[m] = S::zero();
     for (int64_t c = 0; c < full; c++) {
       OCTAVO_PREFETCH(row + c * kChunk + kPrefetch);
-      S::template fixed_chunk<M, Parts>(codes, row + c * kChunk, scales, units, c, fixed, x.stride, acc);
+      S::template fixed_chunk<M, Parts>(codes, row + c * kChunk, factors, c, fixed, x.stride, acc);
     }
     if (full < chunks)
-      S::template fixed_chunk<M, Parts>(codes, chunk_of(row, full, w.columns, tail), scales, units, full, fixed,
-                                        x.stride, acc);
+      S::template fixed_chunk<M, Parts>(codes, chunk_of(row, full, w.columns, tail), factors, full, fixed, x.stride, acc);
     for (int m = 0; m < M; m++) {
       const float sum = S::sum(acc[m]) + (out.bias ? out.bias[n] : 0.0f);
       write(out.data, out.type, (token + m) * out.stride + n, sum);

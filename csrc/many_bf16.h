@@ -95,7 +95,7 @@ void pair_rows(const typename S::RoundedCodes& codes, const Packed& w, int64_t r
     for (int i = 0; i < kGroup; i++) {
       indices[i] = _mm512_loadu_si512(from[i]);
       // Into the second-level cache: a set of the first would not hold sixteen rows.
-      OCTAVO_PREFETCH_L2(from[i] + ahead);
+      OCTAVO_PREFETCH(from[i] + ahead);
       from[i] += kChunk;
     }
     pair_chunk<S, Parts>(codes, indices, scales, out, step);

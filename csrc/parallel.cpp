@@ -19,12 +19,30 @@ struct Job {
   Body body;
   void* context;
   int64_t tasks;
-  std::atomic<int64_t> next{0};
+  int ranges;
   std::atomic<int> workers{0};
+  // Tasks follow each other in memory. Each worker takes those of a range of its own in order, so that what it reads ahead at
+  // the end of one is the start of its next, and then helps with the ranges of others.
+  static constexpr int kRanges = 64;
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  } range[kRanges];
+
+  Job(Body body, void* context, int64_t tasks, int threads)
+      : body(body), context(context), tasks(tasks), ranges(threads < 1 ? 1 : threads < kRanges ? threads : kRanges) {
+    for (int r = 0; r < ranges; r++) {
+      range[r].next.store(tasks * r / ranges, std::memory_order_relaxed);
+      range[r].end = tasks * (r + 1) / ranges;
+    }
+  }
 
   void work() {
     const int worker = workers.fetch_add(1, std::memory_order_relaxed);
-    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, t, worker);
+    for (int i = 0; i < ranges; i++) {
+      Range& r = range[(worker + i) % ranges];
+      for (int64_t t; (t = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;) body(context, t, worker);
+    }
   }
 };
 
@@ -146,9 +164,9 @@ bool share_openmp_of(const char* library) {
 const char* pool() { return openmp().description.c_str(); }
 
 void run_tasks(int64_t tasks, int threads, Body body, void* context) {
-  Job job{body, context, tasks};
-  const OpenMp& omp = openmp();
   if (threads > tasks) threads = static_cast<int>(tasks);
+  Job job(body, context, tasks, threads);
+  const OpenMp& omp = openmp();
   if (threads <= 1 || inside || (omp.parallel && omp.in_parallel())) return job.work();
   if (omp.parallel) {
     omp.parallel([](void* j) { static_cast<Job*>(j)->work(); }, &job, static_cast<unsigned>(threads), 0);

@@ -23,8 +23,9 @@ const char* pool();
 using Body = void (*)(void* context, int64_t task, int worker);
 
 // Calls body(context, task, worker) once for every task in [0, tasks), on at most `threads` threads, the calling one among
-// them; `worker` in [0, threads) tells them apart. Tasks are handed out one by one, so a thread that is held up by another
-// process delays one task, not its share. Within another parallel region it runs on the calling thread alone.
+// them; `worker` in [0, threads) tells them apart. Each thread has tasks that follow each other, and then takes over those of a thread
+// that is held up by another process, which so delays one task, not its share. Within another parallel region it runs on the
+// calling thread alone.
 void run_tasks(int64_t tasks, int threads, Body body, void* context);
 
 template <class F>

@@ -156,30 +156,29 @@ bool to_fixed512(const float* x, int64_t tokens, int64_t columns, float unit, in
   return usable;
 }
 
-// Scales for the 16 lanes of a chunk's integer sums: lanes 4j..4j+3 hold weights 16j..16j+15.
+// Factors for the 16 lanes of a chunk's integer sums: lanes 4j..4j+3 hold weights 16j..16j+15.
 template <int Parts>
-OCTAVO_INLINE __m512 lane_scales(const float* scales, int64_t c) {
-  if constexpr (Parts == 1) return _mm512_set1_ps(scales[c]);
+OCTAVO_INLINE __m512 lane_factors(const float* factors) {
+  if constexpr (Parts == 1) return _mm512_set1_ps(*factors);
   const __m512i lanes = Parts == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                                    : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   __m128 four = _mm_setzero_ps();
-  std::memcpy(&four, scales + Parts * c, Parts * sizeof(float));
+  std::memcpy(&four, factors, Parts * sizeof(float));
   return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(four));
 }
 
 template <class S, int M, int Parts>
-OCTAVO_INLINE void fixed_chunk512(const typename S::FixedCodes& codes, const uint8_t* q, const float* scales,
-                                  const float* units, int64_t c, const int16_t* x, int64_t stride, __m512 (&acc)[M]) {
+OCTAVO_INLINE void fixed_chunk512(const typename S::FixedCodes& codes, const uint8_t* q, const float* factors, int64_t c,
+                                  const int16_t* x, int64_t stride, __m512 (&acc)[M]) {
   __m512i low, high;
   S::decode_fixed(codes, q, low, high);
-  const __m512 scale = lane_scales<Parts>(scales, c);
   for (int m = 0; m < M; m++) {
     const int16_t* xm = x + m * stride + c * kChunk;
     // |code| <= 16383 and |x| <= 32767: four products to a lane stay below 2^31.
     __m512i sum = S::madd(_mm512_setzero_si512(), low, _mm512_loadu_si512(xm));
     sum = S::madd(sum, high, _mm512_loadu_si512(xm + 32));
-    const __m512 unit = _mm512_set1_ps(units[m * (stride / kChunk) + c]);
-    acc[m] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit), scale, acc[m]);
+    const __m512 factor = lane_factors<Parts>(factors + (m * (stride / kChunk) + c) * Parts);
+    acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, acc[m]);
   }
 }
 
