@@ -53,7 +53,8 @@ def load(
         revision: branch, tag or commit of a hub id.
 
     Returns:
-        The transformers model, in evaluation mode.
+        The transformers model, in evaluation mode. On a CPU, one whose heads share keys decodes with
+        `octavo.integrations.attention`; `model.set_attn_implementation("sdpa")` takes that back.
 
     Raises:
         octavo.checkpoint.CheckpointError: if nothing is found at `src`, or its files are missing, damaged or dangerous.
@@ -76,6 +77,9 @@ def load(
             from .checkpoint.build import build_model
 
             model = build_model(source, config or OctavoConfig(), asked, device)
+        from .integrations.attention import use_grouped_attention
+
+        use_grouped_attention(model)
         if source.adapters:
             from .integrations.peft import add_published_adapters
 

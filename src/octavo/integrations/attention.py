@@ -1,0 +1,104 @@
+"""Attention of one new token on a CPU, where several heads share keys and values (grouped-query attention).
+
+PyTorch's `scaled_dot_product_attention` on a CPU converts the keys and values of a shared head once for each head that
+shares them. For one token those heads can be rows of one query instead, [batch, kv heads, heads a kv head, size], and the
+keys and values are gone through once: the same arithmetic, in bfloat16 the same bits. Everything else goes to transformers' own
+"sdpa" function. This one is registered beside it, by transformers' public interface, under the name `NAME`.
+
+Measured on two cores of a Zen 4, bfloat16, 32 heads on 8, size 64, µs a layer, theirs / ours, torch 2.13:
+40 tokens in the cache 93 / 26, 500 tokens 890 / 96, 2000 tokens 3990 / 380.
+
+Example:
+    >>> import octavo
+    >>> model = octavo.load("my-model-8bit")  # doctest: +SKIP
+    >>> model.config._attn_implementation     # doctest: +SKIP   (a Llama, say, on a CPU; "sdpa" on a GPU)
+    'octavo_sdpa'
+
+`octavo.load` asks for it; a model from `from_pretrained` keeps transformers' own, which its continuous batching insists on, until
+`use_grouped_attention(model)`.
+"""
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+NAME = "octavo_sdpa"
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' `sdpa_attention_forward`, which it calls for all but one token on a CPU with shared keys.
+
+    Args:
+        query: [batch, heads, tokens, size]; key, value: [batch, kv heads, cached, size], kv heads a divisor of heads.
+        attention_mask: None, or bool or float [batch, 1, tokens, cached].
+
+    Returns:
+        [batch, tokens, heads, size], and None for the weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    batch, heads, tokens, size = query.shape
+    groups = heads // key.shape[1]
+    if (
+        tokens != 1
+        or groups == 1
+        or not query.is_cpu
+        or (attention_mask is not None and attention_mask.shape[1] != 1)
+        # Softcaps, position biases, paged caches: theirs to do, or to refuse.
+        or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "output_attentions"))
+    ):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    rows = query.reshape(batch, key.shape[1], groups, size)
+    out = F.scaled_dot_product_attention(
+        rows, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    )
+    return out.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def use_grouped_attention(model: Any) -> None:
+    """Let a model that is loaded on a CPU and uses "sdpa" attend by `attention` while it decodes, where that is any different.
+
+    Left alone: models that do not share keys, those made of several models, and those whose code asks for the name "sdpa".
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = model.config
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None)
+    if (
+        model.device.type != "cpu"
+        or config._attn_implementation != "sdpa"
+        or getattr(config, "sub_configs", None)
+        or not isinstance(heads, int)
+        or not isinstance(shared, int)
+        or heads <= shared
+        or not _follows_the_interface(type(model))
+    ):
+        return
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def _follows_the_interface(model_class: type) -> bool:
+    """Whether the class finds its attention by name, through transformers' interface alone."""
+    try:
+        source = inspect.getsource(sys.modules[model_class.__module__])
+    except (OSError, TypeError, KeyError):
+        return False
+    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in source and '_attn_implementation == "sdpa"' not in source

@@ -1,0 +1,103 @@
+"""Attention of one token with shared keys: the numbers are those of transformers' own "sdpa"."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import octavo
+from octavo.integrations import attention
+
+
+def llama(kv_heads: int = 2, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        intermediate_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        vocab_size=256,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often one token took the grouped way: calls of scaled_dot_product_attention from this module."""
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    class Counting:
+        @staticmethod
+        def scaled_dot_product_attention(query, *args, **kwargs):
+            calls.append(tuple(query.shape))
+            return real(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "F", Counting)
+    return calls
+
+
+@torch.inference_mode()
+def decoded(model, ids, mask=None, cache=None, steps: int = 6) -> torch.Tensor:
+    """Logits of the prompt's last token and of `steps` tokens after it."""
+    out = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    logits = [out.logits[:, -1]]
+    for step in range(steps):
+        token = (ids[:, step : step + 1] + 1) % 256
+        if mask is not None:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        out = model(token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", ["one", "padded", "static"])
+def test_the_numbers_are_those_of_sdpa(dtype, case, counted):
+    model = llama(dtype=dtype)
+    ids = torch.randint(0, 256, (2 if case == "padded" else 1, 9))
+    mask = torch.ones_like(ids) if case == "padded" else None
+    if mask is not None:
+        mask[0, :4] = 0
+
+    def cache():
+        return StaticCache(config=model.config, max_cache_len=32) if case == "static" else None
+
+    expected = decoded(model, ids, mask, cache())
+    assert not counted
+    attention.use_grouped_attention(model)
+    assert model.config._attn_implementation == attention.NAME
+    found = decoded(model, ids, mask, cache())
+    assert counted == [(len(ids), 2, 4, 16)] * 12  # two layers, six tokens; the prompt goes the usual way
+    # Float32 sums may come in another order.
+    torch.testing.assert_close(found, expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+def test_generate_gives_the_same_tokens():
+    model = llama()
+    ids = torch.randint(0, 256, (1, 9))
+    options = dict(max_new_tokens=20, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **options)
+    attention.use_grouped_attention(model)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_models_that_share_no_keys_or_are_not_sdpa_are_left_alone():
+    alone = llama(kv_heads=8)
+    attention.use_grouped_attention(alone)
+    assert alone.config._attn_implementation == "sdpa"
+    eager = llama()
+    eager.set_attn_implementation("eager")
+    attention.use_grouped_attention(eager)
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_load_asks_for_it_and_saving_forgets_it(tmp_path):
+    llama().save_pretrained(tmp_path / "plain")
+    model = octavo.load(tmp_path / "plain")
+    assert model.config._attn_implementation == attention.NAME
+    model.save_pretrained(tmp_path / "saved")
+    assert attention.NAME not in (tmp_path / "saved" / "config.json").read_text()
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.config._attn_implementation == "sdpa"
+    assert octavo.load(tmp_path / "saved").config._attn_implementation == attention.NAME
