@@ -359,3 +359,14 @@ def test_a_command_is_watched():
     assert 200 << 20 <= found["anonymous"] <= found["peak"] < 400 << 20
     with pytest.raises(RuntimeError, match="status 7"):
         conversion.watched([sys.executable, "-c", "raise SystemExit(7)"])
+
+
+def test_the_kernel_benchmark_runs_as_a_command(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.cpu", "kernels", "--rows", "128", "--columns", "128"]
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--results", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of the memory's bandwidth" in done.stdout
+    (written,) = tmp_path.glob("cpu-kernels-*.json")
+    assert len(json.loads(written.read_text())["linear"]) == 15

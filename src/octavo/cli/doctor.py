@@ -1,5 +1,6 @@
 """`octavo doctor`: what is installed, what hardware is seen, and which kernels are active, and why."""
 
+import re
 from typing import Annotated
 
 import typer
@@ -75,15 +76,19 @@ def _machine() -> dict[str, object]:
 
 
 def processor_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system gives it; of virtual ones, which hide it ("AMD EPYC"), the family and model as well."""
     import platform
     from pathlib import Path
 
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first = info.read_text().partition("\n\n")[0]
+        found = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", first, re.MULTILINE))
+        name = found.get("model name", "").strip()
+        if name and not re.search(r"\d", name) and "cpu family" in found:
+            name += f" family {found['cpu family']} model {found.get('model', '?')}"
+        if name:
+            return name
     return platform.processor() or platform.machine()
 
 
