@@ -361,6 +361,7 @@ def test_a_command_is_watched():
         conversion.watched([sys.executable, "-c", "raise SystemExit(7)"])
 
 
+@pytest.mark.slow
 def test_the_kernel_benchmark_runs_as_a_command(tmp_path):
     command = [sys.executable, "-m", "benchmarks.cpu", "kernels", "--rows", "128", "--columns", "128"]
     done = subprocess.run(
