@@ -176,7 +176,9 @@ def main() -> None:
     if options.what == "kernels":
         found = machine()
         kernels, load = found["kernels"]["active"], found["load_before"]
-        print(f"{found['processor']}, {options.threads} threads, {kernels} kernels, load before {load['load_average']:.1f}")
+        print(
+            f"{found['processor']}, {options.threads} threads, {kernels} kernels, load before {load['load_average']:.1f}"
+        )
         result = {"machine": found, **cpu_kernels.run(options.rows, options.columns, options.rounds)}
         print("written to", save("kernels", result, options.results))
         return

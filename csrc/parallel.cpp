@@ -18,7 +18,6 @@ namespace {
 struct Job {
   Body body;
   void* context;
-  int64_t tasks;
   int ranges;
   std::atomic<int> workers{0};
   // Tasks follow each other in memory. Each worker takes those of a range of its own in order, so that what it reads ahead at
@@ -30,7 +29,7 @@ struct Job {
   } range[kRanges];
 
   Job(Body body, void* context, int64_t tasks, int threads)
-      : body(body), context(context), tasks(tasks), ranges(threads < 1 ? 1 : threads < kRanges ? threads : kRanges) {
+      : body(body), context(context), ranges(threads < 1 ? 1 : threads < kRanges ? threads : kRanges) {
     for (int r = 0; r < ranges; r++) {
       range[r].next.store(tasks * r / ranges, std::memory_order_relaxed);
       range[r].end = tasks * (r + 1) / ranges;

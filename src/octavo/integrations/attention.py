@@ -24,6 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 NAME = "octavo_sdpa"
 
@@ -47,8 +50,6 @@ def attention(
     Returns:
         [batch, tokens, heads, size], and None for the weights.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     batch, heads, tokens, size = query.shape
     groups = heads // key.shape[1]
     if (
@@ -57,7 +58,10 @@ def attention(
         or not query.is_cpu
         or (attention_mask is not None and attention_mask.shape[1] != 1)
         # Softcaps, position biases, paged caches: theirs to do, or to refuse.
-        or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "output_attentions"))
+        or any(
+            kwargs.get(name) is not None
+            for name in ("softcap", "position_bias", "cache", "output_attentions")
+        )
     ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -74,9 +78,6 @@ def use_grouped_attention(model: Any) -> None:
 
     Left alone: models that do not share keys, those made of several models, and those whose code asks for the name "sdpa".
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     config = model.config
     heads = getattr(config, "num_attention_heads", None)
     shared = getattr(config, "num_key_value_heads", None)
@@ -101,4 +102,6 @@ def _follows_the_interface(model_class: type) -> bool:
         source = inspect.getsource(sys.modules[model_class.__module__])
     except (OSError, TypeError, KeyError):
         return False
-    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in source and '_attn_implementation == "sdpa"' not in source
+    return (
+        "ALL_ATTENTION_FUNCTIONS.get_interface(" in source and '_attn_implementation == "sdpa"' not in source
+    )
