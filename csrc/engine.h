@@ -25,6 +25,7 @@ namespace {
 // weights/s (a loop that only reads: 35 to 39): none 29, 2048 31, 4096 32, 6144 36, 8192 39, 16384 39, 32768 38. That was into the
 // first-level cache, which on a Zen 4 (32 KB of it) the input of wide rows fills already. One core of it, GB/s, into the first / into the
 // second level, 8192 ahead: 2048 columns 22.6 / 23.9, 8192 columns 16.4 / 24.2 (only reading: 22.7 / 24.6).
+// Into the second level it has not been measured on a Zen 5, and for `transposed` (engine_panel.h) on neither.
 constexpr int64_t kPrefetch = 8192;
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
