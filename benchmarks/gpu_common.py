@@ -112,7 +112,7 @@ def fitted_code() -> torch.Tensor:
 
 def matrix(rows: int, columns: int, block_size: int, device: str, spread: float = 0.02):
     """A random quantized matrix whose weights have a standard deviation of about `spread`: qdata, absmax, code."""
-    code = fitted_code().to(device)
+    code = fitted_code().to(device, copy=True)
     qdata = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, device=device)
     blocks = -(-columns // block_size)
     # Every code is as frequent as any other here, so the spread of the weights is that of the table.

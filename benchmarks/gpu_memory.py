@@ -62,20 +62,29 @@ def run(report: Report, device: str, tiny: bool) -> None:
 
 
 def limit(report: Report) -> None:
-    """Allow PyTorch what 11 GiB leave beside the context."""
+    """Limit this process and note what the context takes."""
+    context, known = limit_memory()
+    report.fact(
+        context_gib=round(context / GIB, 3)
+        if known
+        else "not measurable: another process uses the device; counted as 0"
+    )
+    report.context = context
+
+
+def limit_memory() -> tuple[int, bool]:
+    """Allow PyTorch what 11 GiB leave beside the context: its bytes, and whether they could be measured."""
     torch.zeros(1, device="cuda")
     # Loads cuBLAS, whose code counts as well.
     a = torch.zeros(64, 64, dtype=torch.float16, device="cuda")
     (a @ a).sum().item()
     available, total = torch.cuda.mem_get_info()
     context = total - available - torch.cuda.memory_reserved()
-    report.fact(context_gib=round(context / GIB, 3))
-    if context > 3 * GIB:
-        # Another process's memory would be taken for the context's: then only PyTorch's share can be limited.
-        context = 0
-        report.fact(context_gib="not measurable: another process uses the device; counted as 0")
-    report.context = context
+    # Another process's memory would be taken for the context's: then only PyTorch's share can be limited.
+    known = context <= 3 * GIB
+    context = context if known else 0
     torch.cuda.set_per_process_memory_fraction((LIMIT_GIB * GIB - context) / total)
+    return context, known
 
 
 def note(report: Report, what: str, seconds: float, device: str) -> None:

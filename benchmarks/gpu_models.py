@@ -24,11 +24,11 @@ BLOCK = 64
 LEARNING_RATE = 1e-3
 
 
-def config(tiny: bool, layers: int | None = None) -> GPTJConfig:
+def config(tiny: bool, layers: int | None = None, vocabulary: int | None = None) -> GPTJConfig:
     """GPT-J-6B's own sizes; without dropout, so that both models do the same work."""
     sizes = dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=128, n_positions=64) if tiny else {}
-    if layers:
-        sizes["n_layer"] = layers
+    sizes |= {"n_layer": layers} if layers else {}
+    sizes |= {"vocab_size": vocabulary} if vocabulary else {}
     # Its two special tokens lie beyond a tiny vocabulary.
     special = dict(bos_token_id=1, eos_token_id=2) if tiny else {}
     return GPTJConfig(
@@ -43,19 +43,21 @@ def dtype_for(device: str) -> torch.dtype:
     return torch.float16
 
 
-def build(kind: str, device: str, tiny: bool, layers: int | None = None) -> nn.Module:
+def build(
+    kind: str, device: str, tiny: bool, layers: int | None = None, vocabulary: int | None = None
+) -> nn.Module:
     """The model, evaluated and frozen.
 
     Args:
         kind: "16-bit"; "octavo": fitted codebook, blocks of 64; "published way": bytes in blocks of 4096, de-quantized
             as a whole and multiplied in every layer.
-        layers: how many; by default GPT-J-6B's 28.
+        layers, vocabulary: how many layers and tokens; by default GPT-J-6B's 28 and 50400.
     """
     from accelerate import init_empty_weights
 
     dtype = dtype_for(device)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config(tiny, layers), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config(tiny, layers, vocabulary), dtype=dtype)
     entries = {} if kind == "16-bit" else plan_model(model, octavo.OctavoConfig()).entries
     for entry in entries.values():
         assert not entry.transposed and not entry.aliases

@@ -15,6 +15,7 @@ Example:
     True
 """
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -42,9 +43,8 @@ def _await(name: str) -> None:
 
 
 def _register() -> None:
-    from .transformers import register
-
-    register()
+    # It registers itself at its end. If it is what imports AWAITED just now, it has yet to get there.
+    importlib.import_module(f"{__package__}.transformers")
 
 
 class _Awaiter(importlib.abc.MetaPathFinder):

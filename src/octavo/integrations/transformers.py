@@ -307,3 +307,6 @@ def _without_ties(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str,
             for suffix in SUFFIXES:
                 state.pop(f"{name}_{suffix}", None)
     return state
+
+
+register()
