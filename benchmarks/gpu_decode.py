@@ -62,12 +62,20 @@ class Decoder:
         ids = torch.randint(0, model.config.vocab_size, (1, prompt), device=device)
         self.token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         self.position = torch.full((1, 1), prompt, dtype=torch.int64, device=device)
+        self.columns = torch.arange(cache, device=device).view(1, 1, 1, -1)
+        self.least = torch.full((), torch.finfo(model.dtype).min, dtype=model.dtype, device=device)
         logits = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
 
     def step(self) -> None:
+        # Left to transformers, the mask of its plain attention is made of a number on the CPU: no graph could hold that copy.
+        mask = (self.columns > self.position).to(self.least.dtype) * self.least
         logits = self.model(
-            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True
+            input_ids=self.token,
+            attention_mask=mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
         ).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
         self.position.add_(1)

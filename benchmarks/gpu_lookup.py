@@ -1,8 +1,8 @@
-"""Part "lookup": what each way of looking a code up gives, and the settings of the kernels that the look-up sits in.
+"""Part "lookup": what each way of looking a code up gives, and the settings of Triton's kernels.
 
 One token times the largest matrix of GPT-J's layers, and the same matrix de-quantized. Every row says which share of the
 measured copy bandwidth the reading of the matrix reaches. From these tables come the constants in `cuda_kernels.py`,
-`gemv.py` and `gemm.py`.
+`gemv.py` and `gemm.py`; tilings are the part "settings".
 """
 
 import torch
@@ -13,14 +13,6 @@ from octavo.ops.triton import choose, cuda_kernels
 from .gpu_common import Report, copies_for, copy_bandwidth, matrix, measure
 
 COPIES = (1, 2, 4, 8, 16, 32)
-# Tokens -> tilings of `linear_mma` to try: 16-row tiles a warp, groups of warps, depth.
-MMA_TILINGS = {
-    1: [(1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 1, 4), (1, 2, 2), (2, 1, 1), (2, 1, 2)],
-    8: [(1, 1, 2), (1, 1, 4), (1, 2, 2), (1, 4, 2), (2, 1, 2), (2, 2, 2)],
-    16: [(1, 1, 2), (1, 2, 2), (1, 4, 2), (2, 2, 1), (2, 4, 1)],
-    32: [(1, 2, 2), (1, 4, 1), (1, 4, 2), (2, 2, 1), (2, 4, 1), (2, 4, 2)],
-    64: [(1, 4, 1), (1, 4, 2), (2, 2, 2), (2, 4, 1), (2, 4, 2)],
-}
 
 
 def lookups():
@@ -92,40 +84,6 @@ def cuda_sweeps(timed, rows, columns, block, dtype, device, read) -> None:
             lambda m, x, out, e=extra: cuda_kernels.decode_rows(*m, block, None, 0, dense, extra=e),
             moved=read + 2 * rows * columns,
         )
-    for tokens in (1, 8):
-        for per_warp in (2, 4, 8):
-            for depth in (1, 2, 4):
-                if tokens == 8 and per_warp > 2:
-                    continue
-                timed(
-                    "settings",
-                    "cuda_simt",
-                    f"{per_warp} rows a warp, depth {depth}",
-                    tokens,
-                    lambda m, x, out, r=per_warp, d=depth: cuda_kernels.linear_simt(
-                        x, *m, block, None, out, rows_a_warp=r, depth=d
-                    ),
-                )
-    if "cuda_mma" in products:
-        for tokens in (1, 8, 16, 32, 64):
-            for tiling in MMA_TILINGS[tokens]:
-                timed(
-                    "settings",
-                    "cuda_mma",
-                    f"{16 * tiling[0]} rows a warp, {tiling[1]} groups, depth {tiling[2]}",
-                    tokens,
-                    lambda m, x, out, t=tiling: cuda_kernels.linear_mma(x, *m, block, None, out, tiling=t),
-                )
-        for resident in (2, 3, 4):
-            timed(
-                "settings",
-                "cuda_mma",
-                f"16 rows a warp, 1 group, depth 2, {resident} blocks resident",
-                1,
-                lambda m, x, out, r=resident: cuda_kernels.linear_mma(
-                    x, *m, block, None, out, tiling=(1, 1, 2), extra=(("RESIDENT", r),)
-                ),
-            )
     for depth in (1, 2, 4, 8):
         timed(
             "settings",

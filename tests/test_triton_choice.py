@@ -175,31 +175,70 @@ def test_nothing_is_checked_during_a_capture(monkeypatch):
     assert verify.verdicts() == {}
 
 
-def test_a_launch_hands_over_pointers_and_integers(monkeypatch):
-    seen = {}
+class Driver:
+    """Stands for the CUDA driver: keeps what is launched; `contextless` launches fail first, as in a new thread."""
 
-    class Driver:
-        def cuLaunchKernel(self, function, *rest):
-            *sizes, stream, pointers, extra = rest
-            values = [ctypes.cast(pointers[i], ctypes.POINTER(ctypes.c_void_p))[0] for i in range(2)]
-            number = ctypes.cast(pointers[2], ctypes.POINTER(ctypes.c_int))[0]
-            seen.update(sizes=sizes, stream=stream.value, values=values, number=number, extra=extra)
-            return 0
+    def __init__(self, contextless: int = 0):
+        self.contextless, self.launched, self.contexts = contextless, [], []
 
-    monkeypatch.setattr(nvrtc, "_driver", Driver)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=77))
+    def cuLaunchKernel(self, function, *rest):
+        if self.contextless:
+            self.contextless -= 1
+            return nvrtc.INVALID_CONTEXT
+        *sizes, stream, pointers, extra = rest
+        packed = extra._obj
+        assert (packed.buffer_follows, packed.size_follows, packed.end) == (1, 2, None)
+        size = ctypes.cast(packed.size, ctypes.POINTER(ctypes.c_size_t))[0]
+        address = ctypes.cast(ctypes.addressof(packed) + 8, ctypes.POINTER(ctypes.c_void_p))[0]
+        self.launched.append((sizes, stream, pointers, ctypes.string_at(address, size)))
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        self.contexts.append(context.value)
+        return 0
+
+
+def kernel_of(driver, monkeypatch):
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "current_device", lambda: 0)
+    monkeypatch.setattr(nvrtc, "raw_stream", lambda device: 77)
     kernel = object.__new__(nvrtc.Kernel)
     kernel.name, kernel.device, kernel._function = "linear_simt", 0, ctypes.c_void_p(1)
+    kernel._context = ctypes.c_void_p(9)
+    return kernel
+
+
+def test_a_launch_hands_over_pointers_and_integers(monkeypatch):
+    driver = Driver()
     x = torch.zeros(4)
-    kernel.launch(5, 256, x, None, 4096)
-    assert seen == {
-        "sizes": [5, 1, 1, 256, 1, 1, 0],
-        "stream": 77,
-        "values": [x.data_ptr(), None],
-        "number": 4096,
-        "extra": None,
-    }
+    kernel_of(driver, monkeypatch).launch(5, 256, x, None, 4096, -2, x)
+    ((sizes, stream, pointers, packed),) = driver.launched
+    assert (sizes, stream, pointers) == ([5, 1, 1, 256, 1, 1, 0], 77, None)
+
+    class Arguments(ctypes.Structure):
+        _fields_ = (
+            ("x", ctypes.c_void_p),
+            ("none", ctypes.c_void_p),
+            ("number", ctypes.c_int),
+            ("negative", ctypes.c_int),
+            ("again", ctypes.c_void_p),
+        )
+
+    found = Arguments.from_buffer_copy(packed)
+    assert len(packed) == ctypes.sizeof(Arguments)
+    assert [getattr(found, name) for name, _ in Arguments._fields_] == [
+        x.data_ptr(),
+        None,
+        4096,
+        -2,
+        x.data_ptr(),
+    ]
+
+
+def test_a_thread_without_a_context_is_given_the_modules(monkeypatch):
+    driver = Driver(contextless=1)
+    kernel_of(driver, monkeypatch).launch(5, 256, torch.zeros(4), 1)
+    assert driver.contexts == [9] and len(driver.launched) == 1
 
 
 def test_nvrtc_compiles_the_source():

@@ -217,7 +217,15 @@ def launchers(build, monkeypatch):
 
     monkeypatch.setattr(cuda_kernels, "instance", instance)
     monkeypatch.setattr(cuda_kernels, "_multiprocessors", lambda device: 2)
-    return cuda_kernels
+    forget()
+    yield cuda_kernels
+    forget()
+
+
+def forget() -> None:
+    """What the launchers remember of kernels."""
+    for prepared in (cuda_kernels._simt, cuda_kernels._mma, cuda_kernels._decode, cuda_kernels._prepared):
+        prepared.cache_clear()
 
 
 @needs_gxx

@@ -65,35 +65,18 @@ def _product(x: torch.Tensor, weight: OctavoTensor, transpose: bool, bias: torch
         return NotImplemented
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    packed = (weight.qdata, weight.absmax, weight.code, weight.block_size)
+    qdata = weight.qdata
+    packed = (qdata, weight.absmax, weight.code, weight.block_size)
     # Stored rows are what `linear` sums over: the user's transpose and the stored one cancel out.
     if transpose != weight.transposed:
-        if _is_direct(x, weight, bias):
-            return ops.cpu.linear_fast(x, *packed, bias)
+        if ops.direct.possible(x, qdata, bias, qdata.shape[1]):
+            return ops.direct.linear(x, *packed, bias)
         return ops.linear(x, *packed, bias)
-    out = ops.linear_transposed(x, *packed)
+    if ops.direct.possible(x, qdata, None, qdata.shape[0]):
+        out = ops.direct.linear_transposed(x, *packed)
+    else:
+        out = ops.linear_transposed(x, *packed)
     return out if bias is None else out + bias
-
-
-def _is_direct(x: torch.Tensor, weight: OctavoTensor, bias: torch.Tensor | None) -> bool:
-    """Whether the CPU kernel may be called past PyTorch's dispatcher, which costs as much as a small product.
-
-    So it is where nothing asks for a gradient, nothing is being traced or transformed, and the shapes are right: the kernel
-    reads raw memory, and the checks are on the dispatcher's side.
-    """
-    return (
-        ops.cpu.AVAILABLE
-        and type(x) is torch.Tensor
-        and x.is_cpu  # a quarter of the time of `x.device.type`
-        and weight.qdata.is_cpu
-        and x.dim() >= 1
-        and x.shape[-1] == weight.qdata.shape[1]
-        and (bias is None or (bias.shape == weight.qdata.shape[:1] and bias.is_cpu))
-        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-    )
 
 
 def _is_matrix(weight: Any) -> bool:

@@ -65,6 +65,7 @@ def test_a_kernel_first_met_in_a_capture_warns(device, monkeypatch):
     ops.linear(torch.randn(200, 256, device=device).half(), *packed)  # cuBLAS is set up
     monkeypatch.setattr(verify, "_verdicts", {})
     monkeypatch.setattr(choose, "_chosen", {})
+    monkeypatch.setattr(choose, "_bound", {})
     graph = torch.cuda.CUDAGraph()
     with pytest.warns(RuntimeWarning, match="while a CUDA graph is captured"), torch.cuda.graph(graph):
         out = ops.linear(x, *packed)

@@ -165,6 +165,7 @@ def test_a_wrong_kernel_is_named_and_left_out(device, monkeypatch):
     monkeypatch.setenv("OCTAVO_GPU_LINEAR", "cuda_simt")
     monkeypatch.setattr(verify, "_verdicts", {})
     monkeypatch.setattr(choose, "_chosen", {})
+    monkeypatch.setattr(choose, "_bound", {})
     qdata, absmax, code = packed(64, 512, 64, torch.float16, device)
     x = torch.randn(1, 512, device=device).half()
     with pytest.warns(RuntimeWarning, match="GPU kernel cuda_simt is not used"):

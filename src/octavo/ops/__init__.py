@@ -16,7 +16,7 @@ Example:
 
 import torch
 
-from . import cpu, reference, schema, triton  # noqa: F401  (importing them registers the operations)
+from . import cpu, direct, reference, schema, triton  # noqa: F401  (importing them registers the operations)
 from .schema import blocks_per_row
 
 __all__ = [

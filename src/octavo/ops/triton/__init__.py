@@ -24,7 +24,7 @@ import torch
 
 from .. import reference
 from ..schema import implementation
-from . import choose, panels, verify
+from . import choose, nvrtc, panels, verify
 
 __all__ = ["dequantize", "embedding", "histogram", "linear", "linear_transposed", "quantize", "status"]
 
@@ -34,10 +34,10 @@ def _on_its_device(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(first, *rest):
-        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
-            return function(first, *rest)
-        with torch.cuda.device(first.device):
-            return function(first, *rest)
+        if first.is_cuda and first.get_device() != nvrtc.current_device():
+            with torch.cuda.device(first.device):
+                return function(first, *rest)
+        return function(first, *rest)
 
     return run
 
@@ -45,26 +45,39 @@ def _on_its_device(function: Callable) -> Callable:
 @implementation("linear", "CUDA")
 @_on_its_device
 def linear(x, qdata, absmax, code, block_size, bias=None):
-    """`octavo.ops.linear`: x [..., K] Wᵀ + bias → [..., N] in x's type."""
+    """`octavo.ops.linear`: x [..., K] Wᵀ + bias → [..., N] in x's type. No checks, no gradient."""
     rows, columns = qdata.shape
-    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
+    dtype = x.dtype
+    out = torch.empty((*x.shape[:-1], rows), dtype=dtype, device=x.device)
+    key = choose.bound_key(x, qdata, absmax, code, block_size, bias)
+    launch = choose.bound_linear(key) if key else None
+    if launch is not None:
+        launch(
+            x.data_ptr(),
+            qdata.data_ptr(),
+            absmax.data_ptr(),
+            code.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+        )
         return out
-    if columns == 0:
+    if out.numel() == 0 or not columns:
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     x = x.reshape(-1, columns).contiguous()
     if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
+        bias = bias.to(dtype).contiguous()
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
-    kernel = choose.linear_kernel(x.dtype, x.shape[0], qdata, absmax, block_size)
+    kernel = choose.linear_kernel(dtype, x.shape[0], qdata, absmax, block_size)
     kernel(x, qdata, absmax, code, block_size, bias, out.view(-1, rows))
+    if key and qdata.is_cuda and not torch.cuda.is_current_stream_capturing():
+        choose.bind_linear(key, kernel)
     return out
 
 
 @implementation("linear_transposed", "CUDA")
 @_on_its_device
 def linear_transposed(x, qdata, absmax, code, block_size):
-    """`octavo.ops.linear_transposed`: x [..., N] W → [..., K] in x's type."""
+    """`octavo.ops.linear_transposed`: x [..., N] W → [..., K] in x's type. No checks, no gradient."""
     rows, columns = qdata.shape
     out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
     if out.numel() == 0:

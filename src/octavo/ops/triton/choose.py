@@ -8,7 +8,8 @@
 | more | panels | panels | panels |
 
 The crossing points are constants below, none of them measured yet. OCTAVO_GPU_LINEAR=cuda_mma (or another
-name of `LINEAR`) puts one kernel first wherever it can run. Whatever is chosen has passed `verify`.
+name of `LINEAR`), set before the first product, puts one kernel first wherever it can run. Whatever is chosen
+has passed `verify`.
 
 Example:
     >>> from octavo.ops.triton import choose
@@ -141,30 +142,62 @@ def like(columns: int) -> int:
 
 
 _chosen: dict[tuple, Callable[..., None]] = {}
+# Launches of CUDA kernels with their sizes filled in: a small product takes less time than finding the way to it.
+_bound: dict[tuple, Callable[..., None]] = {}
+
+
+def bound_key(x, qdata, absmax, code, block_size, bias) -> tuple | None:
+    """What the launch of `linear` depends on but for addresses, for tensors that CUDA kernels can take as they are."""
+    dtype = x.dtype
+    if (
+        (x.data_ptr() | qdata.data_ptr()) & 15
+        or not (
+            x.is_contiguous() and qdata.is_contiguous() and absmax.is_contiguous() and code.is_contiguous()
+        )
+        or (bias is not None and (bias.dtype != dtype or not bias.is_contiguous()))
+    ):
+        return None
+    return x.get_device(), dtype, absmax.dtype, x.numel(), qdata.shape, block_size
+
+
+def bound_linear(key: tuple) -> Callable[..., None] | None:
+    """The launch for a key, as a function of addresses (`cuda_kernels.bind`); None before the kernel is chosen, or if it is
+    not one of CUDA's."""
+    return _bound.get(key)
+
+
+def bind_linear(key: tuple, kernel: Callable[..., None]) -> None:
+    """Note that `kernel` was chosen for calls with this key."""
+    device, dtype, scales, numbers, (rows, columns), block_size = key
+    run = cuda_kernels.bind(kernel, numbers // columns, rows, columns, block_size, dtype, scales, device)
+    if run is not None:
+        _bound[key] = run
 
 
 def linear_kernel(dtype: torch.dtype, tokens: int, qdata, absmax, block_size) -> Callable[..., None]:
     """The function that computes `linear` for this many tokens of a type with this matrix."""
+    # The tiling depends on the rows, the compiled instance on what the row length is a multiple of.
     key = (
-        qdata.device,
+        qdata.get_device(),
         dtype,
         absmax.dtype,
-        min(tokens, GEMM_TOKENS + 1),
+        tokens if tokens <= GEMM_TOKENS else GEMM_TOKENS + 1,
         block_size,
-        # The tiling depends on the rows, the compiled instance on what the row length is a multiple of.
-        qdata.shape[0],
-        like(qdata.shape[1]),
+        qdata.shape,
         qdata.data_ptr() % 16,
         qdata.is_contiguous() and absmax.is_contiguous(),
-        os.environ.get(VARIABLE),
     )
     kernel = _chosen.get(key)
     if kernel is None:
         kernel = _find(dtype, tokens, qdata, absmax, block_size)
-        # A choice made under capture is an emergency and is not remembered.
-        if qdata.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _chosen[key] = kernel
+        _remember(_chosen, key, kernel, qdata)
     return kernel
+
+
+def _remember(table: dict, key: tuple, kernel: Callable[..., None], qdata) -> None:
+    # A choice made under capture is an emergency and is not remembered.
+    if qdata.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        table[key] = kernel
 
 
 def _find(dtype, tokens, qdata, absmax, block_size) -> Callable[..., None]:
@@ -201,23 +234,42 @@ def _is_trusted(name, dtype, tokens, qdata, absmax, block_size) -> bool:
     return verify.trusted(name, qdata.device, tuple(case), check)
 
 
+_decoders: dict[tuple, Callable[..., None]] = {}
+
+
 def decode(qdata, absmax, code, block_size, ids, first_column, out) -> None:
-    """Rows of the matrix in floating point into `out`, by the best kernel that can (see `decode.py`)."""
+    """Rows of the matrix into `out`, contiguous, by the best kernel that can (see `decode.py`)."""
     if out.numel() == 0:
         return
-    device = qdata.device
     sizes_fit = out.shape[1] % 16 == 0 and first_column % 16 == 0 and out.data_ptr() % 16 == 0
+    key = (
+        qdata.get_device(),
+        out.dtype,
+        absmax.dtype,
+        block_size,
+        qdata.shape[1],
+        sizes_fit and qdata.data_ptr() % 16 == 0,
+        qdata.is_contiguous() and absmax.is_contiguous(),
+    )
+    run = _decoders.get(key)
+    if run is None:
+        run = _find_decoder(qdata, absmax, block_size, out.dtype, sizes_fit)
+        _remember(_decoders, key, run, qdata)
+    run(qdata, absmax, code, block_size, ids, first_column, out)
+
+
+def _find_decoder(qdata, absmax, block_size, dtype, sizes_fit: bool) -> Callable[..., None]:
+    device = qdata.device
     on_cuda = device.type == "cuda" and not torch.version.hip
-    case = (str(out.dtype), str(absmax.dtype), f"block {block_size}")
+    case = (str(dtype), str(absmax.dtype), f"block {block_size}")
     if on_cuda and sizes_fit and cuda_kernels.refusal(qdata, absmax, block_size) is None:
 
         def check_cuda() -> str:
             run = cuda_kernels.decode_rows
-            return verify.check_decode(run, 1040, block_size, out.dtype, absmax.dtype, device)
+            return verify.check_decode(run, 1040, block_size, dtype, absmax.dtype, device)
 
         if verify.trusted("cuda_decode", device, case, check_cuda):
-            cuda_kernels.decode_rows(qdata, absmax, code, block_size, ids, first_column, out)
-            return
+            return cuda_kernels.decode_rows
     if have_triton() and (
         (on_cuda and capability(device.index) >= (7, 0)) or torch.version.hip or interpreted()
     ):
@@ -227,15 +279,18 @@ def decode(qdata, absmax, code, block_size, ids, first_column, out) -> None:
 
         def check_triton() -> str:
             run = triton_decode.decode
-            return verify.check_decode(run, columns, block_size, out.dtype, absmax.dtype, device)
+            return verify.check_decode(run, columns, block_size, dtype, absmax.dtype, device)
 
         if verify.trusted("triton_decode", device, (*case, f"columns {columns}"), check_triton):
-            triton_decode.decode(qdata, absmax, code, block_size, ids, first_column, out)
-            return
+            return triton_decode.decode
     if device.type != "cuda":
         raise ValueError(
             "octavo.ops.triton: CPU tensors need TRITON_INTERPRET=1, set before Triton is imported"
         )
+    return _reference_decode
+
+
+def _reference_decode(qdata, absmax, code, block_size, ids, first_column, out) -> None:
     if ids is not None:
         qdata, absmax = qdata.index_select(0, ids), absmax.index_select(0, ids)
     dense = reference.dequantize(qdata, absmax, code, block_size, out.dtype)

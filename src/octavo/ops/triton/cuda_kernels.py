@@ -8,6 +8,7 @@ Example:
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,25 +64,46 @@ def refusal(qdata: torch.Tensor, absmax: torch.Tensor, block_size: int) -> str |
     return None
 
 
-def _launch(name, tiles, grid, device, parameters, *arguments) -> None:
+@functools.lru_cache(4096)
+def _prepared(name: str, tiles: int, device: int, parameters: tuple) -> tuple[nvrtc.Kernel, int]:
+    """A kernel, and the blocks to launch: no more than run at once, since each fills a table of 32 KB first and then works
+    through its share of tiles."""
     kernel = instance(name, device, parameters)
-    # No more blocks than run at once: each fills a table of 32 KB first, and then works through its share of
-    # tiles.
-    grid = grid or max(1, min(tiles, kernel.resident_blocks * _multiprocessors(device)))
-    kernel.launch(grid, THREADS, *arguments)
+    return kernel, max(1, min(tiles, kernel.resident_blocks * _multiprocessors(device)))
 
 
-def _types(dtype, absmax) -> tuple[tuple[str, int], ...]:
-    return (("X_TYPE", TYPES[dtype]), ("SCALE", int(absmax.dtype == torch.float16)))
+def _types(dtype: torch.dtype, scales: torch.dtype) -> tuple[tuple[str, int], ...]:
+    return (("X_TYPE", TYPES[dtype]), ("SCALE", int(scales == torch.float16)))
 
 
-def _linear(name, tiles, grid, parameters, x, qdata, absmax, code, block_size, bias, out) -> None:
+def _linear(kernel, grid, x, qdata, absmax, code, block_size, bias, out) -> None:
     if x.data_ptr() % 16:
         x = x.clone()
     rows, columns = qdata.shape
-    shape = (x.shape[0], rows, columns, block_size.bit_length() - 1, absmax.shape[1])
-    parameters = _types(x.dtype, absmax) + parameters
-    _launch(name, tiles, grid, x.device.index, parameters, x, qdata, absmax, code, bias, out, *shape)
+    kernel.launch(
+        grid,
+        THREADS,
+        x,
+        qdata,
+        absmax,
+        code,
+        bias,
+        out,
+        x.shape[0],
+        rows,
+        columns,
+        block_size.bit_length() - 1,
+        absmax.shape[1],
+    )
+
+
+@functools.lru_cache(4096)
+def _simt(tokens, rows, device, dtype, scales, rows_a_warp, depth, extra):
+    tokens = next(t for t in SIMT_ROWS if t >= tokens)
+    each = rows_a_warp or SIMT_ROWS[tokens]
+    tiles = -(-rows // (each * WARPS))
+    parameters = (("TOKENS", tokens), ("ROWS", each), ("DEPTH", depth), *extra)
+    return _prepared("linear_simt", tiles, device, _types(dtype, scales) + parameters)
 
 
 def linear_simt(
@@ -94,11 +116,10 @@ def linear_simt(
         rows_a_warp, depth, grid: tuning; by default the constants above and as many blocks as run at once.
         extra: further compile-time parameters, (("COPIES", 8),) for instance.
     """
-    tokens = next(t for t in SIMT_ROWS if t >= x.shape[0])
-    rows = rows_a_warp or SIMT_ROWS[tokens]
-    tiles = -(-qdata.shape[0] // (rows * WARPS))
-    parameters = (("TOKENS", tokens), ("ROWS", rows), ("DEPTH", depth), *extra)
-    _linear("linear_simt", tiles, grid, parameters, x, qdata, absmax, code, block_size, bias, out)
+    kernel, blocks = _simt(
+        x.shape[0], qdata.shape[0], x.get_device(), x.dtype, absmax.dtype, rows_a_warp, depth, extra
+    )
+    _linear(kernel, grid or blocks, x, qdata, absmax, code, block_size, bias, out)
 
 
 def mma_tiling(tokens: int, rows: int, device: int) -> tuple[int, int, int]:
@@ -108,6 +129,15 @@ def mma_tiling(tokens: int, rows: int, device: int) -> tuple[int, int, int]:
     while groups > 1 and rows < 16 * m_tiles * groups * _multiprocessors(device):
         groups //= 2
     return m_tiles, groups, depth
+
+
+@functools.lru_cache(4096)
+def _mma(tokens, rows, device, dtype, scales, tiling, extra):
+    n_tiles = next(n for n in (1, 2, 4, 8) if 8 * n >= tokens)
+    m_tiles, groups, depth = tiling or mma_tiling(tokens, rows, device)
+    tiles = -(-rows // (16 * m_tiles * groups))
+    parameters = (("M_TILES", m_tiles), ("N_TILES", n_tiles), ("WARPS_M", groups), ("DEPTH", depth), *extra)
+    return _prepared("linear_mma", tiles, device, _types(dtype, scales) + parameters)
 
 
 def linear_mma(x, qdata, absmax, code, block_size, bias, out, *, tiling=None, grid=None, extra=()) -> None:
@@ -123,12 +153,25 @@ def linear_mma(x, qdata, absmax, code, block_size, bias, out, *, tiling=None, gr
         linear_mma(
             x[part], qdata, absmax, code, block_size, bias, out[part], tiling=tiling, grid=grid, extra=extra
         )
-    x, out = x[:MMA_TOKENS], out[:MMA_TOKENS]
-    n_tiles = next(n for n in (1, 2, 4, 8) if 8 * n >= x.shape[0])
-    m_tiles, groups, depth = tiling or mma_tiling(x.shape[0], qdata.shape[0], x.device.index)
-    tiles = -(-qdata.shape[0] // (16 * m_tiles * groups))
-    parameters = (("M_TILES", m_tiles), ("N_TILES", n_tiles), ("WARPS_M", groups), ("DEPTH", depth), *extra)
-    _linear("linear_mma", tiles, grid, parameters, x, qdata, absmax, code, block_size, bias, out)
+    if x.shape[0] > MMA_TOKENS:
+        x, out = x[:MMA_TOKENS], out[:MMA_TOKENS]
+    kernel, blocks = _mma(
+        x.shape[0], qdata.shape[0], x.get_device(), x.dtype, absmax.dtype, tiling, tuple(extra)
+    )
+    _linear(kernel, grid or blocks, x, qdata, absmax, code, block_size, bias, out)
+
+
+def bind(kernel, tokens, rows, columns, block_size, dtype, scales, device) -> Callable[..., None] | None:
+    """`linear_simt` or `linear_mma` for fixed sizes, as a function of the addresses of x, qdata, absmax, code, bias (0: none)
+    and out; None for another kernel, or if it takes more than one launch."""
+    if kernel is linear_mma and tokens <= MMA_TOKENS:
+        compiled, blocks = _mma(tokens, rows, device, dtype, scales, None, ())
+    elif kernel is linear_simt:
+        compiled, blocks = _simt(tokens, rows, device, dtype, scales, None, SIMT_DEPTH, ())
+    else:
+        return None
+    sizes = (tokens, rows, columns, block_size.bit_length() - 1, -(-columns // block_size))
+    return compiled.bind(blocks, THREADS, 6, sizes)
 
 
 def decode_rows(
@@ -143,8 +186,27 @@ def decode_rows(
     """
     rows, columns = qdata.shape
     count, width = out.shape
-    parameters = (*_types(out.dtype, absmax), ("DEPTH", depth), *extra)
-    arguments = (qdata, absmax, code, ids, out, int(ids is not None and ids.dtype == torch.int64))
-    shape = (count, rows, columns, first_column, width, block_size.bit_length() - 1, absmax.shape[1])
-    tiles = -(-count // WARPS)
-    _launch("decode_rows", tiles, grid, out.device.index, parameters, *arguments, *shape)
+    kernel, blocks = _decode(count, out.get_device(), out.dtype, absmax.dtype, depth, tuple(extra))
+    kernel.launch(
+        grid or blocks,
+        THREADS,
+        qdata,
+        absmax,
+        code,
+        ids,
+        out,
+        int(ids is not None and ids.dtype == torch.int64),
+        count,
+        rows,
+        columns,
+        first_column,
+        width,
+        block_size.bit_length() - 1,
+        absmax.shape[1],
+    )
+
+
+@functools.lru_cache(4096)
+def _decode(count, device, dtype, scales, depth, extra):
+    parameters = (*_types(dtype, scales), ("DEPTH", depth), *extra)
+    return _prepared("decode_rows", -(-count // WARPS), device, parameters)

@@ -13,9 +13,14 @@ import ctypes
 import functools
 import glob
 import os
+import struct
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 class CompilationFailed(RuntimeError):
@@ -49,9 +54,48 @@ def _nvrtc() -> ctypes.CDLL:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     try:
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError as missing:
         raise CompilationFailed(f"the CUDA driver's library was not found: {missing}") from missing
+    pointer, unsigned = ctypes.c_void_p, ctypes.c_uint
+    driver.cuLaunchKernel.argtypes = [pointer, *[unsigned] * 7, pointer, pointer, pointer]
+    return driver
+
+
+class _Packed(ctypes.Structure):
+    """cuLaunchKernel's `extra`: the arguments in one buffer, and how many bytes they are."""
+
+    _fields_ = (
+        ("buffer_follows", ctypes.c_void_p),
+        ("buffer", ctypes.c_char_p),
+        ("size_follows", ctypes.c_void_p),
+        ("size", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def _layout(types: tuple[type, ...]) -> tuple[Callable[..., bytes], ctypes.c_size_t, int]:
+    """How arguments of these types are packed as C would; their size, and its address."""
+    layout = struct.Struct("".join("i" if kind is int else "P" for kind in types))
+    size = ctypes.c_size_t(layout.size)
+    return layout.pack, size, ctypes.addressof(size)
+
+
+def raw_stream(device: int) -> int:
+    """PyTorch's current stream of a device, as CUDA's handle."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def current_device() -> int:
+    """The index of this thread's current CUDA device."""
+    return torch.cuda.current_device()
+
+
+# torch.cuda's own functions build objects, which costs more than the launch; Triton and inductor use these two as well.
+_torch: Any = torch._C
+raw_stream = getattr(_torch, "_cuda_getCurrentRawStream", raw_stream)
+current_device = getattr(_torch, "_cuda_getDevice", current_device)
 
 
 def _check(result: int, what: str) -> None:
@@ -118,6 +162,8 @@ class Kernel:
         with torch.cuda.device(device):
             # Makes PyTorch's context the current one of this thread: modules belong to a context.
             torch.cuda.current_stream().synchronize()
+            self._context = ctypes.c_void_p()
+            _check(driver.cuCtxGetCurrent(ctypes.byref(self._context)), "asking for the context")
             self._module = ctypes.c_void_p()
             self._binary = binary
             _check(driver.cuModuleLoadData(ctypes.byref(self._module), binary), f"loading {name}")
@@ -145,22 +191,40 @@ class Kernel:
             arguments: tensors (passed as pointers), None (a null pointer) and ints (passed as C ints), in the
                 kernel's order.
         """
-        held = [
-            ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(0 if a is None else a.data_ptr())
-            for a in arguments
-        ]
-        pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(h) for h in held))
-        if torch.cuda.current_device() != self.device:
+        values = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in arguments]
+        pack, _, size = _layout(tuple(map(type, arguments)))
+        packed = _Packed(1, pack(*values), 2, size, None)
+        if current_device() != self.device:
             with torch.cuda.device(self.device):
-                self._queue(grid, threads, pointers)
+                self._queue(grid, threads, packed)
         else:
-            self._queue(grid, threads, pointers)
+            self._queue(grid, threads, packed)
 
-    def _queue(self, grid, threads, pointers) -> None:
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        result = _driver().cuLaunchKernel(
-            self._function, grid, 1, 1, threads, 1, 1, 0, stream, pointers, None
-        )
+    def bind(self, grid: int, threads: int, pointers: int, integers: tuple[int, ...]) -> Callable[..., None]:
+        """The launch for fixed sizes: a function of `pointers` addresses, which the fixed integers follow.
+
+        The kernel's device must be the current one when it is called.
+        """
+        pack, _, size = _layout((torch.Tensor,) * pointers + (int,) * len(integers))
+        launch, function, device = _driver().cuLaunchKernel, self._function, self.device
+
+        def run(*addresses: int) -> None:
+            packed = _Packed(1, pack(*addresses, *integers), 2, size, None)
+            extra = ctypes.byref(packed)
+            if launch(function, grid, 1, 1, threads, 1, 1, 0, raw_stream(device), None, extra):
+                # Which failure it is, and whether it can be helped, is found out there.
+                self._queue(grid, threads, packed)
+
+        return run
+
+    def _queue(self, grid: int, threads: int, packed: _Packed) -> None:
+        stream, extra = raw_stream(self.device), ctypes.byref(packed)
+        launch = _driver().cuLaunchKernel
+        result = launch(self._function, grid, 1, 1, threads, 1, 1, 0, stream, None, extra)
+        if result == INVALID_CONTEXT:
+            # A thread of autograd's, in which nothing of CUDA has run yet.
+            _check(_driver().cuCtxSetCurrent(self._context), f"preparing a thread for {self.name}")
+            result = launch(self._function, grid, 1, 1, threads, 1, 1, 0, stream, None, extra)
         if result != 0:
             _check(result, f"launching {self.name}")
 
