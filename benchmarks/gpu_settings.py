@@ -78,7 +78,7 @@ def fused(device: str):
     """(kernel, tokens, options) to try."""
     for tokens in (1, 2):
         for rows, depth in SIMT:
-            yield "linear_simt", tokens, {"rows_a_warp": rows, "depth": depth}
+            yield "linear_simt", tokens, {"tiling": (rows, depth), "extra": ()}
     if choose.capability(0) < (8, 0):
         return
     for tokens, tilings in TILINGS.items():
@@ -89,8 +89,8 @@ def fused(device: str):
 
 
 def described(options: dict) -> str:
-    if "rows_a_warp" in options:
-        return f"{options['rows_a_warp']} rows a warp, depth {options['depth']}"
+    if len(options["tiling"]) == 2:
+        return "{} rows a warp, depth {}".format(*options["tiling"])
     tiles, groups, depth = options["tiling"]
     resident = "".join(f", {value} resident" for _, value in options["extra"])
     return f"{16 * tiles} rows a warp, {groups} groups, depth {depth}{resident}"
@@ -100,12 +100,8 @@ def compiled(setting, dtype) -> None:
     """Compile a setting, if it compiles."""
     kernel, tokens, options = setting
     try:
-        if kernel == "linear_simt":
-            cuda_kernels._simt(
-                tokens, 4096, 0, dtype, torch.float16, options["rows_a_warp"], options["depth"], ()
-            )
-        else:
-            cuda_kernels._mma(tokens, 4096, 0, dtype, torch.float16, options["tiling"], options["extra"])
+        prepare = cuda_kernels._simt if kernel == "linear_simt" else cuda_kernels._mma
+        prepare(tokens, 4096, 0, dtype, torch.float16, options["tiling"], options["extra"])
     # It is tried, and reported, again.
     except Exception as failure:
         print(f"{setting}: {failure}")

@@ -44,6 +44,20 @@ def test_candidates(dtype, tokens, capability, expected):
     assert choose.candidates(dtype, tokens, capability) == expected
 
 
+def test_candidates_depend_on_the_shape():
+    def first(tokens, rows, columns):
+        return choose.candidates(BF16, tokens, (9, 0), (rows, columns))[0]
+
+    # One token: tall matrices, and long rows.
+    assert first(1, 16384, 4096) == first(1, 4096, 16384) == "cuda_simt"
+    assert first(1, 4096, 4096) == first(1, 1024, 16384) == first(2, 16384, 4096) == "cuda_mma"
+    # Few rows: the other kernels take over earlier.
+    assert first(33, 1024, 4096) == "triton_gemm" and first(33, 4096, 4096) == "cuda_mma"
+    assert first(65, 1024, 4096) == "panels" and first(65, 4096, 4096) == "triton_gemm"
+    # On a GPU of 20 multiprocessors a quarter of the rows is enough.
+    assert choose.candidates(BF16, 33, (9, 0), (1024, 4096), 20)[0] == "cuda_mma"
+
+
 def test_forcing(monkeypatch):
     monkeypatch.setenv(choose.VARIABLE, "panels")
     assert choose.candidates(BF16, 1, (9, 0))[0] == "panels"
@@ -82,9 +96,13 @@ def test_refusals(name, dtype, tokens, matrix, capability, reason, monkeypatch):
 def test_tilings_give_every_multiprocessor_a_block(monkeypatch):
     monkeypatch.setattr(cuda_kernels, "_multiprocessors", lambda device: 132)
     assert cuda_kernels.mma_tiling(1, 4096, 0) == (1, 1, 2)
-    assert cuda_kernels.mma_tiling(32, 16384, 0) == (1, 4, 2)
+    assert cuda_kernels.mma_tiling(1, 16384, 0) == (2, 1, 2)
+    assert cuda_kernels.mma_tiling(32, 16384, 0) == (2, 2, 1)
     assert cuda_kernels.mma_tiling(32, 4096, 0) == (1, 1, 2)
     assert cuda_kernels.mma_tiling(64, 50400, 0) == (2, 4, 2)
+    assert cuda_kernels.simt_tiling(1, 8448, 0) == (4, 1)
+    assert cuda_kernels.simt_tiling(1, 8447, 0) == (2, 4)
+    assert cuda_kernels.simt_tiling(5, 8448, 0) == (2, 2)
 
 
 @pytest.mark.parametrize("columns", [4096, 11008, 2880, 1600, 1001, 16384, 768])

@@ -222,6 +222,9 @@ def test_panels_fill_the_gpu_within_bounds():
     assert step_for(8192, 4096, 16384, 2) == 4096
     # Larger for few tokens and for long rows, whose panels have few of them: half of this matrix, not a quarter.
     assert step_for(2048, 16384, 4096, 2) == 2048
+    # One panel where a bias is added, if the bound allows it: it is then added before rounding.
+    assert step_for(2048, 4096, 16384, 2, bias=True) == 16384
+    assert step_for(2048, 4096, 50400, 2, bias=True) == step_for(2048, 4096, 50400, 2) < 50400
     # Never beyond the bound, and in equal parts.
     for tokens, other, total in (
         (1, 4096, 50400),
@@ -260,6 +263,16 @@ def test_empty_tensors():
     assert triton.quantize(torch.empty(0, 64), code, 32, torch.float16)[0].shape == (0, 64)
 
 
+@pytest.fixture
+def nothing_chosen(monkeypatch):
+    """OCTAVO_GPU_LINEAR is read when a kernel is chosen, once for each shape."""
+    from octavo.ops.triton import choose
+
+    monkeypatch.setattr(choose, "_chosen", {})
+    monkeypatch.setattr(choose, "_bound", {})
+
+
+@pytest.mark.usefixtures("nothing_chosen")
 @pytest.mark.parametrize("name", ["triton_gemv", "triton_gemm", "panels"])
 def test_a_kernel_can_be_forced(name, monkeypatch):
     from octavo.ops import triton
@@ -270,17 +283,19 @@ def test_a_kernel_can_be_forced(name, monkeypatch):
     qdata, absmax, code = packed(5, 64, 32, torch.float16)
     triton.linear(torch.randn(1, 64), qdata, absmax, code, 32)
     assert spy.calls == 1
-    choose._chosen.clear()
 
 
+@pytest.mark.usefixtures("nothing_chosen")
 def test_a_kernel_that_cannot_run_warns_and_the_next_is_taken(monkeypatch):
     from octavo.ops import triton
+    from octavo.ops.triton import choose
 
     monkeypatch.setenv("OCTAVO_GPU_LINEAR", "cuda_mma")
     qdata, absmax, code = packed(5, 64, 32, torch.float16)
     with pytest.warns(RuntimeWarning, match="cuda_mma cannot run here: CUDA kernels need an NVIDIA GPU"):
         triton.linear(torch.randn(1, 64), qdata, absmax, code, 32)
     monkeypatch.setenv("OCTAVO_GPU_LINEAR", "fast")
+    choose._chosen.clear()
     with pytest.raises(ValueError, match="expected one of cuda_mma"):
         triton.linear(torch.randn(1, 64), qdata, absmax, code, 32)
 

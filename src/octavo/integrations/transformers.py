@@ -156,6 +156,15 @@ class OctavoHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         return param_name in self.dtypes
 
+    def param_element_size(self, model, param_name: str, param) -> float:
+        """Bytes a weight takes once it is loaded. By them transformers reserves memory on a GPU before it loads: it would
+        else reserve what 16 bits take."""
+        if param_name not in self.dtypes:
+            return super().param_element_size(model, param_name, param)
+        config = self.quantization_config
+        scale = 4 if config.codebook == "dynamic" else 2
+        return 1 + scale / (config.block_size or 64)
+
     def get_quantize_ops(self):
         return Quantize(self)
 

@@ -184,13 +184,19 @@ def _panel(model: nn.Module, tokens: int, dtype: torch.dtype, device: str) -> in
     from ..ops.cpu.products import panel_bytes
     from ..ops.triton.panels import step_for
 
+    with_bias = set()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, OctavoTensor) and getattr(module, "bias", None) is not None:
+            with_bias.add(weight.qdata.shape[-2:])
     found = 0
     for rows, columns in {p.qdata.shape[-2:] for p in model.parameters() if isinstance(p, OctavoTensor)}:
         if device == "cpu":
             found = max(found, panel_bytes(rows, columns, dtype))
             continue
-        for total, other in ((rows, columns), (columns, rows)):
-            found = max(found, step_for(tokens, other, total, dtype.itemsize) * other * dtype.itemsize)
+        forward = step_for(tokens, columns, rows, dtype.itemsize, bias=(rows, columns) in with_bias) * columns
+        backward = step_for(tokens, rows, columns, dtype.itemsize) * rows
+        found = max(found, max(forward, backward) * dtype.itemsize)
     return found
 
 

@@ -2,12 +2,13 @@
 
 | tokens | float16, bfloat16 | float32 | odd rows or blocks |
 | --- | --- | --- | --- |
-| 1 to 8 | cuda_mma (sm_80 and later), else cuda_simt | cuda_simt | triton_gemv, triton_gemm |
+| 1 | cuda_mma or cuda_simt, by shape (before sm_80: cuda_simt) | cuda_simt | triton_gemv |
+| 2 to 8 | cuda_mma (sm_80 and later), else cuda_simt | cuda_simt | triton_gemm |
 | 9 to 64 | cuda_mma, else panels | panels | triton_gemm (sm_80 and later) |
 | 65 to 128 | triton_gemm (sm_80 and later), else panels | panels | the same |
 | more | panels | panels | panels |
 
-The crossing points are constants below, none of them measured yet. OCTAVO_GPU_LINEAR=cuda_mma (or another
+The crossing points are constants below, for which matrices with few rows have their own. OCTAVO_GPU_LINEAR=cuda_mma (or another
 name of `LINEAR`), set before the first product, puts one kernel first wherever it can run. Whatever is chosen
 has passed `verify`.
 
@@ -29,10 +30,22 @@ from .. import reference
 from . import cuda_kernels, panels, verify
 
 VARIABLE = "OCTAVO_GPU_LINEAR"
-# Not yet measured on any GPU: the most tokens for which each kernel is tried before the next.
+# The most tokens for which each kernel is tried before the next. Measured on an H100 in bfloat16, microseconds for 4096 x 4096,
+# 16384 x 4096 and 1024 x 4096:
+#   tokens   cuda_mma         triton_gemm      panels
+#       64   20.8 63.7 17.6   24.6 74.1 11.1   27.8 131 12.8
+#      128   38.4  129 33.6   30.4 96.8 18.3   32.0 133 13.9
+#      512                    95.5  301 30.3   44.7 171 16.9
 MMA_TOKENS = 64
 SIMT_TOKENS = 8
 GEMM_TOKENS = 128
+# The same for a matrix with fewer rows than this for each multiprocessor.
+SMALL = 16
+SMALL_MMA_TOKENS = 32
+SMALL_GEMM_TOKENS = 64
+# One token: `cuda_simt` is ahead of `cuda_mma` for tall matrices, and from this row length on: 32.3 against 35.9 for
+# 4096 x 16384, 11.7 against 11.3 for 4096 x 4096.
+SIMT_COLUMNS = 8192
 
 
 def have_triton() -> bool:
@@ -107,17 +120,33 @@ def refusal(name: str, dtype, tokens: int, qdata, absmax, block_size) -> str | N
     return None
 
 
-def candidates(dtype: torch.dtype, tokens: int, device_capability: tuple[int, int]) -> list[str]:
-    """Names of the kernels to try, best first; the last, "panels", takes everything."""
+def candidates(
+    dtype: torch.dtype,
+    tokens: int,
+    device_capability: tuple[int, int],
+    shape: tuple[int, int] = (4096, 4096),
+    multiprocessors: int = 132,
+) -> list[str]:
+    """Names of the kernels to try, best first; the last, "panels", takes everything.
+
+    Args:
+        shape: rows and columns of the matrix.
+    """
+    rows, columns = shape
+    small = rows < SMALL * multiprocessors
     names = []
-    if tokens <= MMA_TOKENS:
+    if tokens <= (SMALL_MMA_TOKENS if small else MMA_TOKENS):
         names.append("cuda_mma")
     if tokens <= SIMT_TOKENS:
-        names.append("cuda_simt")
+        simt_first = tokens == 1 and (
+            rows >= cuda_kernels.TALL * multiprocessors or (not small and columns >= SIMT_COLUMNS)
+        )
+        names.insert(0 if simt_first else len(names), "cuda_simt")
     if tokens == 1:
         names.append("triton_gemv")
     # Triton multiplies float32, and anything before sm_80, without tensor cores: then cuBLAS is better.
-    if tokens <= GEMM_TOKENS and dtype != torch.float32 and device_capability >= (8, 0):
+    gemm = tokens <= (SMALL_GEMM_TOKENS if small else GEMM_TOKENS)
+    if gemm and dtype != torch.float32 and device_capability >= (8, 0):
         names.append("triton_gemm")
     names.append("panels")
     forced = os.environ.get(VARIABLE)
@@ -202,7 +231,8 @@ def _remember(table: dict, key: tuple, kernel: Callable[..., None], qdata) -> No
 
 def _find(dtype, tokens, qdata, absmax, block_size) -> Callable[..., None]:
     device = qdata.device
-    for name in candidates(dtype, tokens, capability_of(device)):
+    several = cuda_kernels._multiprocessors(device.index) if device.type == "cuda" else 132
+    for name in candidates(dtype, tokens, capability_of(device), tuple(qdata.shape), several):
         why_not = refusal(name, dtype, tokens, qdata, absmax, block_size)
         if why_not:
             if os.environ.get(VARIABLE) == name:
@@ -224,6 +254,10 @@ def _is_trusted(name, dtype, tokens, qdata, absmax, block_size) -> bool:
         tiling = cuda_kernels.mma_tiling(most, qdata.shape[0], qdata.device.index)
         kernel = functools.partial(kernel, tiling=tiling)
         case.append(f"tiling {tiling}")
+    if name == "cuda_simt":
+        rows_and_depth = cuda_kernels.simt_tiling(padded, qdata.shape[0], qdata.device.index)
+        kernel = functools.partial(kernel, tiling=rows_and_depth)
+        case.append(f"tiling {rows_and_depth}")
     # The CUDA kernels are the same for all; there, a partial last step shows more.
     columns = 1040 if name.startswith("cuda") else like(qdata.shape[1])
     case.append(f"columns {columns}")

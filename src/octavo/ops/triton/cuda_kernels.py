@@ -20,14 +20,27 @@ WARPS = THREADS // 32
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCES = Path(__file__).parent / "cuda"
 
-# Not yet measured on any GPU: chosen by counting registers and bytes in flight (docs/GPU.md).
-SIMT_ROWS = {1: 4, 2: 4, 4: 2, 8: 2}
-SIMT_DEPTH = 2
-# Tokens at most -> (16-row tiles a warp, groups of warps with rows of their own, depth).
-MMA_TILINGS = {8: (1, 1, 2), 16: (1, 2, 2), 32: (1, 4, 2), 64: (2, 4, 2)}
+# Measured on an H100 in bfloat16 (part "settings" of benchmarks.gpu; microseconds for 4096 x 4096, 16384 x 4096, 4096 x 16384).
+# `linear_simt`, tokens at most -> (rows a warp, depth), where that leaves each multiprocessor two blocks or more, and where not.
+#   1 token: 4 rows, depth 1: 13.4 29.5 40.8; 2 rows, depth 4: 11.7 31.1 32.3.   2 tokens: 15.7 32.4 48.1; 13.9 43.1 41.0
+#   8 tokens: 2 rows, depth 1 / 2 / 4: 104 / 95 / 99 for 16384 x 4096
+SIMT_TILINGS = {1: ((4, 1), (2, 4)), 2: ((4, 1), (2, 4)), 4: ((2, 2), (2, 2)), 8: ((2, 2), (2, 2))}
+# `linear_mma`, tokens at most -> (16-row tiles a warp, groups of warps with rows of their own, depth), likewise. The second has
+# fewer groups if a multiprocessor would get no block.
+#   1 token: (2, 1, 2): 13.1 31.0 41.0; (1, 1, 2): 11.3 34.6 35.9        8 tokens: 13.4 33.1 41.8; 11.9 38.1 37.4
+#   16: (4, 1, 1): 20.6 35.1 67.9; (1, 2, 2): 14.0 42.6 43.3      32: (2, 2, 1): 26.5 42.2 90.5; (1, 4, 2): 16.5 51.7 50.7
+#   64: (4, 2, 1): 54.0 61.7 189; (2, 4, 2): 20.7 63.6 59.7
+MMA_TILINGS = {
+    8: ((2, 1, 2), (1, 1, 2)),
+    16: ((4, 1, 1), (1, 2, 2)),
+    32: ((2, 2, 1), (1, 4, 2)),
+    64: ((2, 4, 2), (2, 4, 2)),
+}
+# A matrix is tall if blocks of 32 rows give each multiprocessor two.
+TALL = 64
 DECODE_DEPTH = 4
 # The most tokens an instance exists for, and the most that `linear_mma` takes, reading the matrix once for each 64.
-SIMT_TOKENS = max(SIMT_ROWS)
+SIMT_TOKENS = max(SIMT_TILINGS)
 MMA_TOKENS = max(MMA_TILINGS)
 MMA_MOST_TOKENS = 4 * MMA_TOKENS
 
@@ -97,27 +110,35 @@ def _linear(kernel, grid, x, qdata, absmax, code, block_size, bias, out) -> None
     )
 
 
+def simt_tiling(tokens: int, rows: int, device: int) -> tuple[int, int]:
+    """(rows a warp, depth) of `linear_simt`."""
+    tall, low = next(tilings for most, tilings in SIMT_TILINGS.items() if tokens <= most)
+    return tall if is_tall(rows, device) else low
+
+
+def is_tall(rows: int, device: int) -> bool:
+    """Whether a matrix has rows enough for the taller tilings."""
+    return rows >= TALL * _multiprocessors(device)
+
+
 @functools.lru_cache(4096)
-def _simt(tokens, rows, device, dtype, scales, rows_a_warp, depth, extra):
-    tokens = next(t for t in SIMT_ROWS if t >= tokens)
-    each = rows_a_warp or SIMT_ROWS[tokens]
-    tiles = -(-rows // (each * WARPS))
+def _simt(tokens, rows, device, dtype, scales, tiling, extra):
+    each, depth = tiling or simt_tiling(tokens, rows, device)
+    tokens = next(t for t in SIMT_TILINGS if t >= tokens)
     parameters = (("TOKENS", tokens), ("ROWS", each), ("DEPTH", depth), *extra)
-    return _prepared("linear_simt", tiles, device, _types(dtype, scales) + parameters)
+    return _prepared("linear_simt", -(-rows // (each * WARPS)), device, _types(dtype, scales) + parameters)
 
 
-def linear_simt(
-    x, qdata, absmax, code, block_size, bias, out, *, rows_a_warp=None, depth=SIMT_DEPTH, grid=None, extra=()
-) -> None:
+def linear_simt(x, qdata, absmax, code, block_size, bias, out, *, tiling=None, grid=None, extra=()) -> None:
     """x [tokens, K] Wᵀ + bias into out [tokens, N], for 1 to 8 tokens of any type, by ordinary multiply-adds.
 
     Args:
         bias: [N] of x's type, or None.
-        rows_a_warp, depth, grid: tuning; by default the constants above and as many blocks as run at once.
+        tiling, grid: tuning; by default `simt_tiling`, and as many blocks as run at once.
         extra: further compile-time parameters, (("COPIES", 8),) for instance.
     """
     kernel, blocks = _simt(
-        x.shape[0], qdata.shape[0], x.get_device(), x.dtype, absmax.dtype, rows_a_warp, depth, extra
+        x.shape[0], qdata.shape[0], x.get_device(), x.dtype, absmax.dtype, tiling, tuple(extra)
     )
     _linear(kernel, grid or blocks, x, qdata, absmax, code, block_size, bias, out)
 
@@ -125,7 +146,8 @@ def linear_simt(
 def mma_tiling(tokens: int, rows: int, device: int) -> tuple[int, int, int]:
     """(16-row tiles a warp, groups of warps, depth): more rows a block for more tokens, while each multiprocessor
     still gets a block."""
-    m_tiles, groups, depth = next(tiling for most, tiling in MMA_TILINGS.items() if tokens <= most)
+    tall, low = next(tilings for most, tilings in MMA_TILINGS.items() if tokens <= most)
+    m_tiles, groups, depth = tall if is_tall(rows, device) else low
     while groups > 1 and rows < 16 * m_tiles * groups * _multiprocessors(device):
         groups //= 2
     return m_tiles, groups, depth
@@ -167,7 +189,7 @@ def bind(kernel, tokens, rows, columns, block_size, dtype, scales, device) -> Ca
     if kernel is linear_mma and tokens <= MMA_TOKENS:
         compiled, blocks = _mma(tokens, rows, device, dtype, scales, None, ())
     elif kernel is linear_simt:
-        compiled, blocks = _simt(tokens, rows, device, dtype, scales, None, SIMT_DEPTH, ())
+        compiled, blocks = _simt(tokens, rows, device, dtype, scales, None, ())
     else:
         return None
     sizes = (tokens, rows, columns, block_size.bit_length() - 1, -(-columns // block_size))
