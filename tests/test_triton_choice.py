@@ -222,7 +222,7 @@ def kernel_of(driver, monkeypatch):
     monkeypatch.setattr(nvrtc, "raw_stream", lambda device: 77)
     kernel = object.__new__(nvrtc.Kernel)
     kernel.name, kernel.device, kernel._function = "linear_simt", 0, ctypes.c_void_p(1)
-    kernel._context = ctypes.c_void_p(9)
+    kernel._context, kernel.shared = ctypes.c_void_p(9), 0
     return kernel
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps, PrefixChange, WeightRenaming
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, WeightRenaming
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -174,6 +174,14 @@ class OctavoHfQuantizer(HfQuantizer):
 
     def get_load_operations(self):
         return {"deserialize": Deserialize}
+
+    def get_weight_conversions(self):
+        # What newer versions of transformers derive from the two members above; older ones (5.16 to 5.2x) ask for it itself.
+        if not self.pre_quantized:
+            return []
+        return [
+            WeightConverter(names, leaf, [Deserialize(self)]) for leaf, names in self.serialized_names.items()
+        ]
 
     def get_new_dtype(self, converter, param, dtype):
         # The stored parts keep their types whatever computing type is asked for.

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class CompilationFailed(RuntimeError):
@@ -107,12 +108,12 @@ def _check(result: int, what: str) -> None:
 
 
 @functools.cache
-def compile_source(source: str, architecture: int, defines: tuple[str, ...]) -> bytes:
+def compile_source(source: str, architecture: int | str, defines: tuple[str, ...]) -> bytes:
     """Machine code of a CUDA source for one architecture.
 
     Args:
         source: CUDA C++ without includes.
-        architecture: compute capability as major * 10 + minor, 90 for an H100.
+        architecture: compute capability as major * 10 + minor, 90 for an H100; "90a" with what only that one has.
         defines: options such as "-DX_TYPE=1".
 
     Raises:
@@ -153,11 +154,13 @@ class Kernel:
         binary: machine code from `compile_source`.
         name: the kernel's name in the source (declared extern "C").
         device: index of the CUDA device.
+        shared: bytes of dynamic shared memory a block.
     """
 
-    def __init__(self, binary: bytes, name: str, device: int):
+    def __init__(self, binary: bytes, name: str, device: int, shared: int = 0):
         self.name = name
         self.device = device
+        self.shared = shared
         driver = _driver()
         with torch.cuda.device(device):
             # Makes PyTorch's context the current one of this thread: modules belong to a context.
@@ -172,10 +175,15 @@ class Kernel:
                 driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()),
                 f"finding {name}",
             )
+            if shared:
+                _check(
+                    driver.cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, ctypes.c_int(shared)),
+                    f"{shared} bytes of shared memory for {name}",
+                )
             blocks = ctypes.c_int()
             _check(
                 driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                    ctypes.byref(blocks), self._function, 256, ctypes.c_size_t(0)
+                    ctypes.byref(blocks), self._function, 256, ctypes.c_size_t(shared)
                 ),
                 f"occupancy of {name}",
             )
@@ -207,11 +215,12 @@ class Kernel:
         """
         pack, _, size = _layout((torch.Tensor,) * pointers + (int,) * len(integers))
         launch, function, device = _driver().cuLaunchKernel, self._function, self.device
+        shared = self.shared
 
         def run(*addresses: int) -> None:
             packed = _Packed(1, pack(*addresses, *integers), 2, size, None)
             extra = ctypes.byref(packed)
-            if launch(function, grid, 1, 1, threads, 1, 1, 0, raw_stream(device), None, extra):
+            if launch(function, grid, 1, 1, threads, 1, 1, shared, raw_stream(device), None, extra):
                 # Which failure it is, and whether it can be helped, is found out there.
                 self._queue(grid, threads, packed)
 
@@ -220,16 +229,24 @@ class Kernel:
     def _queue(self, grid: int, threads: int, packed: _Packed) -> None:
         stream, extra = raw_stream(self.device), ctypes.byref(packed)
         launch = _driver().cuLaunchKernel
-        result = launch(self._function, grid, 1, 1, threads, 1, 1, 0, stream, None, extra)
+        result = launch(self._function, grid, 1, 1, threads, 1, 1, self.shared, stream, None, extra)
         if result == INVALID_CONTEXT:
             # A thread of autograd's, in which nothing of CUDA has run yet.
             _check(_driver().cuCtxSetCurrent(self._context), f"preparing a thread for {self.name}")
-            result = launch(self._function, grid, 1, 1, threads, 1, 1, 0, stream, None, extra)
+            result = launch(self._function, grid, 1, 1, threads, 1, 1, self.shared, stream, None, extra)
         if result != 0:
             _check(result, f"launching {self.name}")
 
 
-def load(source: str, name: str, defines: tuple[str, ...], device: int) -> Kernel:
-    """Compile a kernel for a device and load it there."""
+def load(
+    source: str, name: str, defines: tuple[str, ...], device: int, *, specific: bool = False, shared: int = 0
+) -> Kernel:
+    """Compile a kernel for a device and load it there.
+
+    Args:
+        specific: for this architecture alone, with all its instructions.
+        shared: bytes of dynamic shared memory a block.
+    """
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(compile_source(source, major * 10 + minor, defines), name, device)
+    architecture = f"{major}{minor}{'a' if specific else ''}"
+    return Kernel(compile_source(source, architecture, defines), name, device, shared)
