@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from octavo.ops import reference, triton
-from octavo.ops.triton import choose, cuda_kernels, nvrtc, verify
+from octavo.ops.triton import choose, cuda_kernels, nvrtc, verify, wgmma
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -34,10 +34,16 @@ def on_gpu(rows=4096, columns=4096, block=64, address=256, contiguous=True):
         (BF16, 1, (9, 0), ["cuda_mma", "cuda_simt", "triton_gemv", "triton_gemm", "panels"]),
         (F16, 8, (7, 5), ["cuda_mma", "cuda_simt", "panels"]),
         (F32, 2, (9, 0), ["cuda_mma", "cuda_simt", "panels"]),
-        (BF16, 40, (9, 0), ["cuda_mma", "triton_gemm", "panels"]),
+        (BF16, 32, (9, 0), ["cuda_mma", "triton_gemm", "panels"]),
+        (BF16, 40, (9, 0), ["cuda_wgmma", "cuda_mma", "triton_gemm", "panels"]),
+        (BF16, 40, (8, 9), ["cuda_mma", "triton_gemm", "panels"]),
+        (BF16, 40, (12, 0), ["cuda_mma", "triton_gemm", "panels"]),
+        (F32, 40, (9, 0), ["cuda_mma", "panels"]),
         (BF16, 100, (8, 0), ["triton_gemm", "panels"]),
         (F16, 100, (7, 5), ["panels"]),
-        (BF16, 129, (9, 0), ["panels"]),
+        (BF16, 129, (8, 0), ["panels"]),
+        (F16, 256, (9, 0), ["cuda_wgmma", "panels"]),
+        (F16, 257, (9, 0), ["panels"]),
     ],
 )
 def test_candidates(dtype, tokens, capability, expected):
@@ -45,17 +51,20 @@ def test_candidates(dtype, tokens, capability, expected):
 
 
 def test_candidates_depend_on_the_shape():
-    def first(tokens, rows, columns):
-        return choose.candidates(BF16, tokens, (9, 0), (rows, columns))[0]
+    def first(tokens, rows, columns, capability=(9, 0)):
+        return choose.candidates(BF16, tokens, capability, (rows, columns))[0]
 
     # One token: tall matrices, and long rows.
     assert first(1, 16384, 4096) == first(1, 4096, 16384) == "cuda_simt"
     assert first(1, 4096, 4096) == first(1, 1024, 16384) == first(2, 16384, 4096) == "cuda_mma"
     # Few rows: the other kernels take over earlier.
-    assert first(33, 1024, 4096) == "triton_gemm" and first(33, 4096, 4096) == "cuda_mma"
-    assert first(65, 1024, 4096) == "panels" and first(65, 4096, 4096) == "triton_gemm"
+    assert first(33, 1024, 4096, (8, 0)) == "triton_gemm" and first(33, 4096, 4096, (8, 0)) == "cuda_mma"
+    assert first(65, 1024, 4096, (8, 0)) == "panels" and first(65, 4096, 4096, (8, 0)) == "triton_gemm"
     # On a GPU of 20 multiprocessors a quarter of the rows is enough.
-    assert choose.candidates(BF16, 33, (9, 0), (1024, 4096), 20)[0] == "cuda_mma"
+    assert choose.candidates(BF16, 33, (8, 0), (1024, 4096), 20)[0] == "cuda_mma"
+    # wgmma: the larger the matrix, the more tokens.
+    assert first(128, 1024, 4096) == first(256, 4096, 4096) == first(512, 16384, 4096) == "cuda_wgmma"
+    assert first(129, 1024, 4096) == first(257, 4096, 4096) == first(513, 16384, 4096) == "panels"
 
 
 def test_forcing(monkeypatch):
@@ -73,6 +82,10 @@ def test_forcing(monkeypatch):
         ("cuda_mma", BF16, 257, on_gpu(), (9, 0), "257 tokens are more than 256"),
         ("cuda_mma", F16, 1, on_gpu(), (7, 5), "from compute capability 8.0 on"),
         ("cuda_mma", F32, 1, on_gpu(), (9, 0), "tensor cores take float16 and bfloat16"),
+        ("cuda_wgmma", F16, 5000, on_gpu(), (9, 0), None),
+        ("cuda_wgmma", F16, 64, on_gpu(), (8, 0), "on compute capability 9.0"),
+        ("cuda_wgmma", F32, 64, on_gpu(), (9, 0), "wgmma takes float16 and bfloat16"),
+        ("cuda_wgmma", F16, 64, on_gpu(columns=1001), (9, 0), "not a multiple of 16"),
         ("cuda_simt", F32, 8, on_gpu(), (7, 0), None),
         ("cuda_simt", F16, 9, on_gpu(), (7, 0), "more than 8"),
         ("cuda_simt", F16, 1, on_gpu(columns=1001), (9, 0), "not a multiple of 16"),
@@ -103,6 +116,23 @@ def test_tilings_give_every_multiprocessor_a_block(monkeypatch):
     assert cuda_kernels.simt_tiling(1, 8448, 0) == (4, 1)
     assert cuda_kernels.simt_tiling(1, 8447, 0) == (2, 4)
     assert cuda_kernels.simt_tiling(5, 8448, 0) == (2, 2)
+
+
+def test_columns_are_split_until_every_multiprocessor_has_a_block():
+    # tokens, rows, columns, tokens a block -> shares
+    for case, splits in {
+        (64, 4096, 4096, 64): 4,
+        (64, 16384, 4096, 64): 1,
+        (64, 14336, 4096, 64): 1,
+        (64, 1024, 4096, 64): 16,
+        (300, 1024, 4096, 256): 8,
+        # No share of less than 256 columns.
+        (64, 128, 1024, 64): 4,
+        (64, 128, 64, 64): 1,
+        (2048, 50400, 4096, 256): 1,
+    }.items():
+        assert wgmma.splits_for(*case, 132) == splits, case
+    assert wgmma.tiling(33)[0] == 64 and wgmma.tiling(65)[0] == 128 and wgmma.tiling(1000)[0] == 256
 
 
 @pytest.mark.parametrize("columns", [4096, 11008, 2880, 1600, 1001, 16384, 768])

@@ -15,7 +15,7 @@ import torch
 
 from octavo import codebook
 from octavo.ops import reference
-from octavo.ops.triton import cuda_kernels
+from octavo.ops.triton import cuda_kernels, wgmma
 
 HERE = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -25,6 +25,17 @@ PRODUCT += " (const scalar*)p[4], (scalar*)p[5], n[0], n[1], n[2], n[3], n[4])"
 DECODE = "((const u8*)p[0], (const scale_type*)p[1], (const float*)p[2], p[3], (scalar*)p[4],"
 DECODE += " n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7])"
 CALLS = {"linear_simt": PRODUCT, "linear_mma": PRODUCT, "decode_rows": DECODE}
+CALLS["permute_x"] = "((const scalar*)p[0], (scalar*)p[1], n[0], n[1], n[2], n[3])"
+CALLS["add_parts"] = "((const float*)p[0], (const scalar*)p[1], (scalar*)p[2], n[0], n[1], n[2])"
+
+
+def source(kernel: str) -> str:
+    return (
+        wgmma.source()
+        if kernel in ("permute_x", "add_parts", "linear_wgmma")
+        else cuda_kernels.source(kernel)
+    )
+
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -40,7 +51,7 @@ def build(tmp_path_factory):
         if not library.exists():
             main = folder / f"{name}.cpp"
             main.write_text(
-                f'#include "{HERE}/gpu/cuda_on_host.h"\n{cuda_kernels.source(kernel)}\n'
+                f'#include "{HERE}/gpu/cuda_on_host.h"\n{source(kernel)}\n'
                 'extern "C" void run(int grid, void** p, int* n) {\n'
                 f"    launch(grid, [&] {{ {kernel}{CALLS[kernel]}; }});\n}}\n"
             )
@@ -190,6 +201,40 @@ def test_decode_is_the_reference_bit_for_bit(build, dtype):
     assert torch.isnan(decode(torch.tensor([rows, -1]), 0, columns)).all()
 
 
+WGMMA = {"X_TYPE": 2, "SCALE": 1, "TOKENS": 64, "DEPTH": 2, "STAGES": 4, "GROUPS": 1}
+
+
+@needs_gxx
+def test_the_input_is_put_into_the_order_of_the_decoded_columns(build):
+    tokens, columns, padded, steps = 5, 208, 64, 4
+    x = aligned(torch.randn(tokens, columns).to(torch.bfloat16))
+    out = aligned(torch.full((padded, steps * 64), float("nan"), dtype=torch.bfloat16))
+    build("permute_x", **WGMMA)(padded * steps // 8, [x, out], [tokens, columns, padded, steps])
+    # Lane t of a quad holds columns 16 t ... of 64, word j of its four feeds instruction j, whose operand has in lane t the
+    # columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 (PTX, wgmma with its first operand in registers).
+    order = [0] * 64
+    for j in range(4):
+        for t in range(4):
+            for byte, k in enumerate((2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9)):
+                order[16 * j + k] = 16 * t + 4 * j + byte
+    assert sorted(order) == list(range(64))
+    wanted = torch.zeros(padded, steps, 64, dtype=torch.bfloat16)
+    wanted.view(padded, -1)[:tokens, :columns] = x
+    assert torch.equal(out, wanted[:, :, order].reshape(padded, -1))
+
+
+@needs_gxx
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_parts_are_added_in_order_and_rounded_once(build, with_bias):
+    splits, tokens, rows = 3, 7, 130
+    parts = torch.randn(splits, tokens, rows)
+    bias = torch.randn(rows).to(torch.bfloat16) if with_bias else None
+    out = aligned(torch.full((tokens, rows), float("nan"), dtype=torch.bfloat16))
+    build("add_parts", **WGMMA)(2, [aligned(parts), bias, out], [splits, tokens, rows])
+    total = (parts[0] + parts[1]) + parts[2]
+    assert torch.equal(out, (total if bias is None else total + bias.float()).to(torch.bfloat16))
+
+
 class OnHost:
     """Stands for a kernel on a GPU: takes a launch's arguments and runs the same source on the CPU."""
 
@@ -280,14 +325,21 @@ def test_launch_of_decoding(launchers):
         ("linear_mma", "-DX_TYPE=1 -DSCALE=0 -DM_TILES=1 -DN_TILES=4 -DWARPS_M=4 -DDEPTH=2"),
         ("linear_mma", "-DX_TYPE=2 -DSCALE=1 -DM_TILES=2 -DN_TILES=8 -DWARPS_M=4 -DDEPTH=2"),
         ("decode_rows", "-DX_TYPE=2 -DSCALE=1 -DDEPTH=4"),
+        ("linear_wgmma", "-DX_TYPE=2 -DSCALE=1 -DTOKENS=64 -DDEPTH=1 -DSTAGES=4 -DGROUPS=2 -DWARPS=16"),
+        ("linear_wgmma", "-DX_TYPE=1 -DSCALE=0 -DTOKENS=128 -DDEPTH=1 -DSTAGES=4 -DGROUPS=2 -DWARPS=16"),
+        ("linear_wgmma", "-DX_TYPE=2 -DSCALE=1 -DTOKENS=256 -DDEPTH=2 -DSTAGES=3 -DGROUPS=1 -DWARPS=8"),
     ],
 )
 def test_source_compiles_for_gpus(architecture, kernel, flags, tmp_path):
     """Every kernel compiles without warnings and without spilling registers to memory."""
     if kernel == "linear_mma" and architecture == "sm_75":
         pytest.skip("linear_mma is for sm_80 and later")
+    if kernel == "linear_wgmma":
+        if architecture != "sm_90":
+            pytest.skip("linear_wgmma is for Hopper")
+        architecture = "sm_90a"
     file = tmp_path / "kernel.cu"
-    file.write_text(cuda_kernels.source(kernel))
+    file.write_text(source(kernel))
     command = f"nvcc -std=c++17 -cubin -arch={architecture} -Xptxas -v {flags}"
     result = subprocess.run(
         [*command.split(), "-o", str(tmp_path / "x.cubin"), str(file)], capture_output=True, text=True

@@ -158,7 +158,7 @@ def status(device: int | None = None) -> dict[str, object]:
     dtype = torch.bfloat16 if choose.capability_of(where) >= (8, 0) else torch.float16
     qdata, absmax, code = verify.sample(1024, 64, torch.float16, where)
     ranges: list[tuple[str, int, int]] = []
-    for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 129):
+    for tokens in (1, 2, 4, 8, 16, 32, 33, 64, 65, 128, 129, 256, 512, 513):
         kernel = choose.linear_kernel(dtype, tokens, qdata, absmax, 64)
         name = next(name for name, run in choose.LINEAR.items() if run is kernel)
         if ranges and ranges[-1][0] == name:

@@ -4,11 +4,13 @@
 | --- | --- | --- | --- |
 | 1 | cuda_mma or cuda_simt, by shape (before sm_80: cuda_simt) | cuda_simt | triton_gemv |
 | 2 to 8 | cuda_mma (sm_80 and later), else cuda_simt | cuda_simt | triton_gemm |
-| 9 to 64 | cuda_mma, else panels | panels | triton_gemm (sm_80 and later) |
+| 9 to 32 | cuda_mma, else panels | panels | triton_gemm (sm_80 and later) |
+| 33 to 512 | cuda_wgmma (sm_90) | | |
+| 33 to 64 | cuda_mma, else panels | panels | triton_gemm (sm_80 and later) |
 | 65 to 128 | triton_gemm (sm_80 and later), else panels | panels | the same |
 | more | panels | panels | panels |
 
-The crossing points are constants below, for which matrices with few rows have their own. OCTAVO_GPU_LINEAR=cuda_mma (or another
+The crossing points are constants below; small matrices have their own. OCTAVO_GPU_LINEAR=cuda_mma (or another
 name of `LINEAR`), set before the first product, puts one kernel first wherever it can run. Whatever is chosen
 has passed `verify`.
 
@@ -27,7 +29,7 @@ from collections.abc import Callable
 import torch
 
 from .. import reference
-from . import cuda_kernels, panels, verify
+from . import cuda_kernels, panels, verify, wgmma
 
 VARIABLE = "OCTAVO_GPU_LINEAR"
 # The most tokens for which each kernel is tried before the next. Measured on an H100 in bfloat16, microseconds for 4096 x 4096,
@@ -43,6 +45,20 @@ GEMM_TOKENS = 128
 SMALL = 16
 SMALL_MMA_TOKENS = 32
 SMALL_GEMM_TOKENS = 64
+# The same for `cuda_wgmma`, which takes over from `cuda_mma` on a GPU that has it, by the number of weights: up to 2^22, 2^24 or
+# more. H100, bfloat16, microseconds for 1024 x 4096, 4096 x 4096, 16384 x 4096:
+#   tokens   cuda_wgmma        cuda_mma          panels
+#       16   9.7 16.6 42.8     9.7 14.1 35.8
+#       32   9.8 16.7 42.7    10.7 16.3 41.6
+#       48  10.3 17.2 43.1    11.7 20.1 62.8
+#      128  13.5 21.7 49.5                       13.3 32.0  133
+#      256  18.9 32.0 73.3                       15.2 35.9  136
+#      512  24.4 50.8  139                       16.1 42.8  170
+#     1024  37.0 74.2  267                       21.6 66.6  264
+WGMMA_FROM = 33
+WGMMA_TOKENS = ((1 << 22, 128), (1 << 24, 256), (1 << 62, 512))
+# The most tokens that a choice is made for; more all go through panels.
+MOST_TOKENS = 512
 # One token: `cuda_simt` is ahead of `cuda_mma` for tall matrices, and from this row length on: 32.3 against 35.9 for
 # 4096 x 16384, 11.7 against 11.3 for 4096 x 4096.
 SIMT_COLUMNS = 8192
@@ -88,6 +104,7 @@ def panel_product(x, qdata, absmax, code, block_size, bias, out) -> None:
 # name → run(x [M, K], qdata, absmax, code, block_size, bias of x's type or None, out [M, N])
 LINEAR: dict[str, Callable[..., None]] = {
     "cuda_mma": cuda_kernels.linear_mma,
+    "cuda_wgmma": wgmma.linear_wgmma,
     "cuda_simt": cuda_kernels.linear_simt,
     "triton_gemv": triton_gemv,
     "triton_gemm": triton_gemm,
@@ -103,6 +120,10 @@ def refusal(name: str, dtype, tokens: int, qdata, absmax, block_size) -> str | N
             return "CUDA kernels need an NVIDIA GPU"
         if name == "cuda_mma" and (dtype == torch.float32 or capability(device.index) < (8, 0)):
             return "tensor cores take float16 and bfloat16, from compute capability 8.0 on"
+        if name == "cuda_wgmma":
+            if dtype == torch.float32 or capability(device.index) != wgmma.CAPABILITY:
+                return "wgmma takes float16 and bfloat16, on compute capability 9.0"
+            return cuda_kernels.refusal(qdata, absmax, block_size)
         most = cuda_kernels.MMA_MOST_TOKENS if name == "cuda_mma" else cuda_kernels.SIMT_TOKENS
         if tokens > most:
             return f"{tokens} tokens are more than {most}"
@@ -135,6 +156,9 @@ def candidates(
     rows, columns = shape
     small = rows < SMALL * multiprocessors
     names = []
+    most = next(most for weights, most in WGMMA_TOKENS if rows * columns <= weights)
+    if device_capability == wgmma.CAPABILITY and dtype != torch.float32 and WGMMA_FROM <= tokens <= most:
+        names.append("cuda_wgmma")
     if tokens <= (SMALL_MMA_TOKENS if small else MMA_TOKENS):
         names.append("cuda_mma")
     if tokens <= SIMT_TOKENS:
@@ -210,7 +234,7 @@ def linear_kernel(dtype: torch.dtype, tokens: int, qdata, absmax, block_size) ->
         qdata.get_device(),
         dtype,
         absmax.dtype,
-        tokens if tokens <= GEMM_TOKENS else GEMM_TOKENS + 1,
+        min(tokens, MOST_TOKENS + 1),
         block_size,
         qdata.shape,
         qdata.data_ptr() % 16,
@@ -246,7 +270,7 @@ def _find(dtype, tokens, qdata, absmax, block_size) -> Callable[..., None]:
 def _is_trusted(name, dtype, tokens, qdata, absmax, block_size) -> bool:
     """Check a fused kernel in the instance that this call would run."""
     # The number of tokens that an instance is compiled for; a kernel's own tokens are padded up to it.
-    padded = next((t for t in (1, 2, 4, 8, 16, 32, 64, 128) if t >= tokens), 128)
+    padded = next((t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t >= tokens), 256)
     case = [str(dtype), str(absmax.dtype), f"{padded} tokens", f"block {block_size}"]
     kernel = LINEAR[name]
     if name == "cuda_mma":
@@ -254,6 +278,14 @@ def _is_trusted(name, dtype, tokens, qdata, absmax, block_size) -> bool:
         tiling = cuda_kernels.mma_tiling(most, qdata.shape[0], qdata.device.index)
         kernel = functools.partial(kernel, tiling=tiling)
         case.append(f"tiling {tiling}")
+    if name == "cuda_wgmma":
+        rows, columns = qdata.shape
+        tile = wgmma.tiling(tokens)
+        several = cuda_kernels._multiprocessors(qdata.device.index)
+        # The columns whole, or in parts that are added up.
+        splits = min(2, wgmma.splits_for(tokens, rows, columns, tile[0], several))
+        kernel = functools.partial(kernel, tile=tile, splits=splits)
+        case.append(f"tile {tile}, splits {splits}")
     if name == "cuda_simt":
         rows_and_depth = cuda_kernels.simt_tiling(padded, qdata.shape[0], qdata.device.index)
         kernel = functools.partial(kernel, tiling=rows_and_depth)

@@ -30,8 +30,10 @@ typedef long long i64;
 #ifndef LOOKUP
 #define LOOKUP 0
 #endif
+#ifndef WARPS
 #define WARPS 8
-// As many as the table has entries.
+#endif
+// At least as many as the table has entries.
 #define THREADS (WARPS * 32)
 
 // ---- numbers -------------------------------------------------------------------------------------------------
@@ -179,9 +181,10 @@ __device__ __forceinline__ float entry(table_ref mine, u32 i) {
 __device__ __forceinline__ table_ref fill_table(float* table, const float* code) {
 #if LOOKUP == 0
     // A thread copies one entry. It starts with its lane's copy: so a warp's stores go to different banks.
-    const float value = code[threadIdx.x];
+    const int i = threadIdx.x % 256;
+    const float value = code[i];
 #pragma unroll
-    for (int c = 0; c < COPIES; c++) table[threadIdx.x * COPIES + (c + threadIdx.x) % COPIES] = value;
+    for (int c = 0; c < COPIES; c++) table[i * COPIES + (c + threadIdx.x) % COPIES] = value;
     __syncthreads();
     const float* mine = table + threadIdx.x % COPIES;
 #ifdef OCTAVO_HOST

@@ -1,16 +1,17 @@
 // Linear, 9 to some hundred tokens, on Hopper's tensor cores (sm_90a; float16 and bfloat16), with wgmma.
 //
 // A block computes 128 rows for TOKENS tokens over a share of the columns: grid = token tiles x row tiles x splits, in that
-// order. Its two warpgroups take 64 rows each. wgmma wants its first operand, 64 rows x 16 columns, in registers laid out as
-// mma.m16n8k16 has it, four warps with 16 rows each: so decoding is that of linear_mma.cu. The second operand, the input,
-// comes from shared memory, where the tensor cores read it without passing registers.
+// order. Two warpgroups take 64 rows each; with GROUPS == 2, two such teams take turns with the columns, so that one decodes
+// while the other multiplies. wgmma wants its first operand, 64 rows x 16 columns, in registers laid out as mma.m16n8k16 has
+// it, four warps with 16 rows each: so decoding is that of linear_mma.cu. The second operand, the input, comes from shared
+// memory, where the tensor cores read it without passing registers.
 //
 // The decoded columns are dealt to the instructions as the loads like them: of 64 columns, lane t of a quad holds columns
 // 16 t ... 16 t + 15 and feeds 4 of them to each of 4 instructions. The input must be in the same order: `permute_x` puts it
 // there once, pads it with zeros to whole tiles, and the tiles are copied asynchronously, STAGES - 1 steps ahead, swizzled
 // as the tensor cores expect (128-byte rows, 16-byte chunks exchanged by the row's number).
 //
-// While the tensor cores work on one step of 64 columns, the warps decode the next. With more than one split, sums go to
+// A single team decodes one step of 64 columns while the tensor cores work on the one before. With more than one split, sums go to
 // `parts` in float32, and `add_parts` adds them in the splits' order: the same bits every time.
 
 #ifndef STAGES
@@ -20,7 +21,16 @@
 #define STEP_COLUMNS 64
 #define STAGE_BYTES (TOKENS * 128)
 #define SUMS (TOKENS / 2)
-#if DEPTH % 2
+#ifndef GROUPS
+#define GROUPS 1
+#endif
+#define TEAM 256
+#if THREADS != TEAM * GROUPS
+#error "WARPS: 8 for each group"
+#endif
+// Sets of registers for decoded steps. A single team decodes into one while the tensor cores read the other.
+#define SETS (GROUPS == 1 ? 2 : 1)
+#if GROUPS == 1 && DEPTH % 2
 #error "DEPTH: even, since decoded steps take turns in two sets of registers"
 #endif
 
@@ -67,6 +77,9 @@ __device__ __forceinline__ void await_copies() {
     // What threads wrote becomes visible to the tensor cores' own way into shared memory.
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+__device__ __forceinline__ void team_barrier(int team) {
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM) : "memory");
+}
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
@@ -110,28 +123,31 @@ linear_wgmma(const scalar* __restrict__ x, const u8* __restrict__ qdata, const s
              float* __restrict__ parts, int tokens, int rows, int columns, int block_log2, int blocks, int splits) {
     DECLARE_TABLE;
     extern __shared__ u8 dynamic[];
-    const u32 ring = ((u32)__cvta_generic_to_shared(dynamic) + 1023) & ~1023u;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int team = threadIdx.x / TEAM, member = threadIdx.x % TEAM;
+    const u32 ring = (((u32)__cvta_generic_to_shared(dynamic) + 1023) & ~1023u) + team * (STAGES * STAGE_BYTES);
+    const int warp = member / 32, lane = threadIdx.x % 32;
     const int g = lane / 4, t = lane % 4;
     const int steps = (columns + STEP_COLUMNS - 1) / STEP_COLUMNS;
     const int row_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, token_tiles = (tokens + TOKENS - 1) / TOKENS;
     const int token_tile = blockIdx.x % token_tiles, tile = blockIdx.x / token_tiles % row_tiles;
     const int split = blockIdx.x / token_tiles / row_tiles;
     const int each = (steps + splits - 1) / splits;
-    const int first = split * each, last = min(steps, first + each);
-    // Padded to whole rounds: a padded step reads the last tile of x and weights with a scale of 0.
-    const int count = (max(last - first, 0) + DEPTH - 1) / DEPTH * DEPTH;
+    // This team's steps: first, first + GROUPS, ... below last. Padded to whole rounds: a padded step reads the last tile of x and
+    // weights with a scale of 0.
+    const int first = split * each + team, last = min(steps, split * each + each);
+    const int mine_alone = (max(last - first, 0) + GROUPS - 1) / GROUPS;
+    const int count = (mine_alone + DEPTH - 1) / DEPTH * DEPTH;
 
     // This thread's share of a tile of x: rows of 8 chunks.
-    const int chunk = threadIdx.x % 8, token_row = threadIdx.x / 8;
+    const int chunk = member % 8, token_row = member / 8;
     const scalar* x_from = x + ((i64)token_tile * TOKENS + token_row) * steps * STEP_COLUMNS + chunk * 8;
     const u32 x_to = ring + token_row * 128 + ((chunk ^ (token_row & 7)) << 4);
     auto copy = [&](int i) {
         if (i < count) {
-            const scalar* from = x_from + (i64)min(first + i, steps - 1) * STEP_COLUMNS;
+            const scalar* from = x_from + (i64)min(first + i * GROUPS, steps - 1) * STEP_COLUMNS;
             u32 to = x_to + i % STAGES * STAGE_BYTES;
 #pragma unroll
-            for (int r = 0; r < TOKENS; r += THREADS / 8) {
+            for (int r = 0; r < TOKENS; r += TEAM / 8) {
                 copy_async(to + r * 128, from + (i64)r * steps * STEP_COLUMNS);
             }
         }
@@ -149,8 +165,8 @@ linear_wgmma(const scalar* __restrict__ x, const u8* __restrict__ qdata, const s
     const scale_type* s_lower = absmax + (i64)lower_row * blocks;
     Step<2> held[DEPTH];
     auto load = [&](Step<2>& step, int i) {
-        int column = (first + i) * STEP_COLUMNS + t * 16;
-        if (first + i < last && column < columns) {
+        int step_number = first + i * GROUPS, column = step_number * STEP_COLUMNS + t * 16;
+        if (step_number < last && column < columns) {
             step.q[0] = load_once((const uint4*)(q_upper + column));
             step.q[1] = load_once((const uint4*)(q_lower + column));
             step.scale[0] = s_upper[column >> block_log2];
@@ -167,27 +183,41 @@ linear_wgmma(const scalar* __restrict__ x, const u8* __restrict__ qdata, const s
     float sum[SUMS];
 #pragma unroll
     for (int i = 0; i < SUMS; i++) sum[i] = 0.0f;
-    u32 a[2][4][4];
+    u32 a[SETS][4][4];
     for (int base = 0; base < count; base += DEPTH) {
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             const int i = base + d;
-            decode_step(held[d], mine, a[d % 2]);
+            if (SETS == 1) wgmma_wait();
+            decode_step(held[d], mine, a[d % SETS]);
             load(held[d], i + DEPTH);
-            settle(a[d % 2]);
-            wgmma_wait();
+            settle(a[d % SETS]);
+            if (SETS == 2) wgmma_wait();
             await_copies<STAGES - 2>();
-            __syncthreads();
+            team_barrier(team);
             const u64 tile_of_x = descriptor(ring + i % STAGES * STAGE_BYTES);
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < 4; j++) wgmma(sum, a[d % 2][j], tile_of_x + 2 * j);
+            for (int j = 0; j < 4; j++) wgmma(sum, a[d % SETS][j], tile_of_x + 2 * j);
             wgmma_commit();
             copy(i + STAGES - 1);
         }
     }
     wgmma_wait();
     settle(sum);
+#if GROUPS == 2
+    // The first team's sums, then the second's, through the memory of the ring.
+    float* exchanged = (float*)dynamic + member;
+    __syncthreads();
+    if (team == 1) {
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) exchanged[i * TEAM] = sum[i];
+    }
+    __syncthreads();
+    if (team == 1) return;
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sum[i] += exchanged[i * TEAM];
+#endif
 
     parts += (i64)split * tokens * rows;
 #pragma unroll
