@@ -31,6 +31,7 @@ CONFIGS = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, "n_positions": 64},
     "llama": {**COMMON, "tie_word_embeddings": True},
     "mixtral": {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "ernie4_5_moe": {**COMMON, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64},
     "gpt_oss": {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256, "state_size": 16},
     "t5": {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 128, "vocab_size": 256},
@@ -42,6 +43,7 @@ EXPECTED = {
     "gpt2": "transformer.h.0.attn.c_attn.weight",
     "llama": "model.layers.0.mlp.up_proj.weight",
     "mixtral": "model.layers.0.mlp.experts.gate_up_proj",
+    "ernie4_5_moe": "model.layers.1.mlp.experts.gate_up_proj",
     "gpt_oss": "model.layers.0.mlp.experts.down_proj",
     "mamba": "backbone.layers.0.mixer.in_proj.weight",
     "t5": "encoder.block.0.layer.0.SelfAttention.q.weight",
@@ -218,6 +220,17 @@ def test_the_base_model_of_a_stored_one(saved, tmp_path):
     ids = torch.arange(9)[None]
     with torch.no_grad():
         assert torch.equal(base(ids)[0], model.model(ids)[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "ernie4_5_moe"])
+def test_what_stays_in_float_has_the_types_of_the_plain_model(kind, saved, tmp_path):
+    """Also what has another name in the file: routers, one with a bias kept in float32; everything in a base model."""
+    folder, _ = saved(kind)
+    load(kind, folder, quantization_config=OctavoConfig()).save_pretrained(tmp_path)
+    for maker in (auto(kind), AutoModel):
+        plain, model = (maker.from_pretrained(path, dtype=torch.bfloat16) for path in (folder, tmp_path))
+        types = {name: value.dtype for name, value in plain.state_dict().items()}
+        assert {name: value.dtype for name, value in model.state_dict().items()} == types
 
 
 def test_generate(saved, tmp_path):

@@ -158,7 +158,7 @@ def stored_names(model: Any) -> Callable[[str, bool], str]:
     that also matches "shared_experts"), it is the published one.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+    from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
 
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     # A prefix is taken off where it is found; whether one belongs there, the reverse rule cannot know.
@@ -166,11 +166,14 @@ def stored_names(model: Any) -> Callable[[str, bool], str]:
         rule.reverse_transform() for rule in renamings[::-1] if not isinstance(rule, PrefixChange)
     ]
 
+    def renamed(name: str, rules: Any) -> str:
+        return rename_source_key(name, rules, [])[0]
+
     def stored(name: str, quantized: bool) -> str:
         suffix = "_qdata" if quantized else ""
         whole = f"{name}{suffix}"
-        for candidate in (whole, apply_renamings(whole, reverse)):
-            if candidate.endswith(suffix) and apply_renamings(candidate, renamings) == whole:
+        for candidate in (whole, renamed(whole, reverse)):
+            if candidate.endswith(suffix) and renamed(candidate, renamings) == whole:
                 return candidate.removesuffix(suffix)
         return name
 

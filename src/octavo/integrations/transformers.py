@@ -96,6 +96,7 @@ class OctavoHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]  # likewise
         self.plan = Plan()
         self.dtypes: dict[str, torch.dtype] = {}
+        self.plain_dtypes: dict[str, torch.dtype] = {}
         self.leaves: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
         self.dtype = torch.get_default_dtype()
@@ -115,10 +116,16 @@ class OctavoHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.plan.check()
         names = self.plan.names
-        self.dtypes = _computing_types(model, names, dtype or torch.get_default_dtype())
+        self.dtype = dtype or torch.get_default_dtype()
+        self.dtypes = _computing_types(model, dict.fromkeys(names, self.dtype), self.dtype)
+        plain = {
+            name: value.dtype
+            for name, value in model.state_dict().items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and name not in names
+        }
+        self.plain_dtypes = _computing_types(model, plain, self.dtype)
         self.leaves = {name.rpartition(".")[2] for name in names}
         self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
-        self.dtype = dtype or torch.get_default_dtype()
         if not self.pre_quantized:
             # transformers casts to the asked type before the quantizing op, and rounding float32 to bfloat16 costs as much as 8
             # bits do. Its plan of what stays in float32 is the way to read these parameters unrounded.
@@ -132,6 +139,7 @@ class OctavoHfQuantizer(HfQuantizer):
             raise ValueError("\n".join(self._errors))
         if self._read_in_float32:
             model._keep_in_fp32_modules_strict -= self._read_in_float32
+        self._cast_plain(model)
         _undo_only_renamings(model)
         # Tying may have put the plain parameter of an alias first; every name must lead to the one quantized weight.
         for entry in self.plan.entries.values():
@@ -153,6 +161,12 @@ class OctavoHfQuantizer(HfQuantizer):
         keep_frozen_out_of_adapters(model)
         return model
 
+    def _cast_plain(self, model):
+        # Older transformers (without `get_new_dtype`) leave what has another name in the file, a router say, in its stored type.
+        for name, value in model.state_dict(keep_vars=True).items():
+            if name in self.plain_dtypes and not isinstance(value, OctavoTensor):
+                value.data = value.data.to(self.plain_dtypes[name])
+
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         return param_name in self.dtypes
 
@@ -161,9 +175,9 @@ class OctavoHfQuantizer(HfQuantizer):
         else reserve what 16 bits take."""
         if param_name not in self.dtypes:
             return super().param_element_size(model, param_name, param)
-        config = self.quantization_config
-        scale = 4 if config.codebook == "dynamic" else 2
-        return 1 + scale / (config.block_size or 64)
+        # One byte a weight, and a scale of 2 (float16) or 4 bytes for each block.
+        scale = 2 if self.quantization_config.codebook == "fitted" else 4
+        return 1 + scale / self.quantization_config.row_block
 
     def get_quantize_ops(self):
         return Quantize(self)
@@ -172,11 +186,7 @@ class OctavoHfQuantizer(HfQuantizer):
     def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]  # the base has it as a constant
         return {leaf: [f"{leaf}_{suffix}" for suffix in SUFFIXES] for leaf in sorted(self.leaves)}
 
-    def get_load_operations(self):
-        return {"deserialize": Deserialize}
-
     def get_weight_conversions(self):
-        # What newer versions of transformers derive from the two members above; older ones (5.16 to 5.2x) ask for it itself.
         if not self.pre_quantized:
             return []
         return [
@@ -267,12 +277,6 @@ class OctavoHfQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype.removeprefix("torch."))
         return dequantize_model(model, dtype)
 
-    @property
-    def quantized_element_size(self) -> float:
-        # One byte a weight, and a scale of 2 (float16) or 4 bytes for each block.
-        scale = 2 if self.quantization_config.codebook == "fitted" else 4
-        return 1 + scale / self.quantization_config.row_block
-
     def is_serializable(self) -> bool:
         return True
 
@@ -305,13 +309,16 @@ def _undo_only_renamings(model: Any) -> None:
     model._weight_conversions = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
 
 
-def _computing_types(model, names: set[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The type each parameter computes in: `dtype`, or float32 where the model asks for it (`_keep_in_fp32_modules`)."""
+def _computing_types(model, types: dict[str, torch.dtype], asked: torch.dtype) -> dict[str, torch.dtype]:
+    """`types` by name, float32 where the model asks for it (`_keep_in_fp32_modules`) when it is loaded in type `asked`."""
     kept = [
-        (re.compile(pattern.replace("*", ".*")), kept)
-        for pattern, kept in model._get_dtype_plan(dtype).items()
+        (re.compile(pattern.replace("*", ".*")), dtype)
+        for pattern, dtype in model._get_dtype_plan(asked).items()
     ]
-    return {name: next((kept for pattern, kept in kept if pattern.search(name)), dtype) for name in names}
+    return {
+        name: next((other for pattern, other in kept if pattern.search(name)), dtype)
+        for name, dtype in types.items()
+    }
 
 
 def _without_ties(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
