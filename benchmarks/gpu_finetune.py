@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -43,6 +44,11 @@ def run(report: Report, device: str, tiny: bool) -> None:
             "finetune, defaults": ({}, []),
             "finetune, model-card": ({"preset": "model-card"}, ["--gradient-accumulation", "2"]),
         }
+        # The plans are made on the CPU while the commands run.
+        pool = ThreadPoolExecutor(1)
+        plans = {
+            name: pool.submit(planned, model, device, tokens, preset) for name, (preset, _) in recipes.items()
+        }
         for number, (name, (preset, more)) in enumerate(recipes.items()):
             output = Path(folder) / f"adapter-{number}"
             preset_options = [word for key, value in preset.items() for word in (f"--{key}", value)]
@@ -53,7 +59,7 @@ def run(report: Report, device: str, tiny: bool) -> None:
             losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
             if not losses[-1] < losses[0]:
                 raise AssertionError(f"{name}: the loss does not fall: {losses}")
-            add(report, name, found, planned(model, device, tokens, preset), losses)
+            add(report, name, found, plans[name].result(), losses)
         command = ["generate", str(model), PROMPT, "--adapter", str(Path(folder) / "adapter-0")]
         found = limited(report, folder, device, [*command, "--max-new-tokens", str(NEW_TOKENS)])
         add(report, f"generate, {NEW_TOKENS} tokens", found, None, None)
@@ -101,7 +107,7 @@ def limited(report: Report, folder: str, device: str, command: list[str]) -> dic
     ran = subprocess.run(words, capture_output=True, text=True, check=False, env=where)
     if ran.returncode or not out.exists():
         raise RuntimeError(f"octavo {command[0]}: exit status {ran.returncode}\n{ran.stdout}\n{ran.stderr}")
-    print(ran.stdout, ran.stderr, sep="\n")
+    print(ran.stdout, ran.stderr, sep="\n", flush=True)
     return json.loads(out.read_text())
 
 

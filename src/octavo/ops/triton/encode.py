@@ -15,10 +15,10 @@ from .. import reference
 from ..schema import blocks_per_row
 
 # Weights a program handles at least; rows of blocks are taken together until they are this many.
-# Not yet measured.
+# Not yet measured on any GPU.
 PROGRAM_WEIGHTS = 1024
 # Copies of the histogram that programs share out among them: fewer wait for each other at one counter.
-# Not yet measured.
+# Not yet measured on any GPU.
 HISTOGRAM_COPIES = 32
 
 
