@@ -41,7 +41,7 @@ def forward(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: tor
     out = _product(module, rows, "gate_up_proj" if module.has_gate else "up_proj")
     out = module._apply_gate(out) if module.has_gate else module.act_fn(out)
     out = _product(module, out, "down_proj")
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # older transformers have no such experts
         out = module.post_expert_norm(out)
     out = out * weights.reshape(-1)[order].unsqueeze(-1)
     # Back into the order of the tokens.

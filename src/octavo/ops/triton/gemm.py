@@ -16,8 +16,8 @@ import triton.language as tl
 
 from .tables import decode_tile, load_table
 
-# Tokens at most -> (BLOCK_N, BLOCK_K, warps, stages). Measured on an H100, 16384 x 4096, microseconds: 68 77 76 95, gathered (for 64
-# tokens 64 x 128: 81; for 128, 64 x 64: 110); not gathered 505 and more.
+# Tokens at most -> (BLOCK_N, BLOCK_K, warps, stages). Measured on an H100, 16384 x 4096, microseconds, gathered: 68 77 76 95 (for
+# 64 tokens 64 x 128: 81; for 128, 64 x 64: 110); not gathered 505 and more.
 TILES = {16: (64, 128, 4, 3), 32: (64, 128, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 3)}
 GATHER = True
 # Enough programs to give each multiprocessor of a large GPU two.
