@@ -408,8 +408,31 @@ CHECK = "import transformers.quantizers.auto as a; print('octavo' in a.AUTO_QUAN
         f"import torch; {CHECK}",
         f"from transformers import LlamaForCausalLM; {CHECK}",
         f"import transformers.quantizers.auto; from transformers import LlamaForCausalLM; {CHECK}",
+        f"import octavo.integrations.transformers; {CHECK}",
     ],
-    ids=["octavo first", "transformers first", "never, torch first", "never", "never, the table first"],
+    ids=[
+        "octavo first",
+        "transformers first",
+        "never, torch first",
+        "never",
+        "never, the table first",
+        "the plugin first",
+    ],
 )
 def test_registered_whichever_comes_first(order):
     assert set(python(order).split()) == {"True"}
+
+
+def test_memory_is_reserved_for_8_bits(saved):
+    """What transformers reserves on a GPU before it loads: it asks the quantizer for the bytes of an element."""
+    for config in (octavo.OctavoConfig(), octavo.OctavoConfig(codebook="dynamic", block_size=32)):
+        model = AutoModelForCausalLM.from_pretrained(saved("llama")[0], quantization_config=config)
+        stored, counted = {}, {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            packed = isinstance(parameter, octavo.OctavoTensor)
+            stored[name] = parameter.nbytes_stored - 4 * 256 if packed else parameter.nbytes
+            plain = torch.empty(parameter.shape, dtype=torch.bfloat16, device="meta")
+            each = model.hf_quantizer.param_element_size(model, name, plain if packed else parameter)
+            counted[name] = each * parameter.numel()
+        # Rows that are no multiple of a block have one scale more than their share of one.
+        assert sum(stored.values()) * 0.95 <= sum(counted.values()) <= sum(stored.values())

@@ -134,6 +134,82 @@ def test_gradients(dtype, tokens, device):
     assert error(bias.grad, back.double().sum(0)) <= 1e-2
 
 
+def test_a_thread_in_which_nothing_of_cuda_has_run(device):
+    """Autograd runs backward passes in such threads; a driver call of ours may be the first there."""
+    import threading
+
+    parts = packed(64, 512, 64, torch.float16, device)
+    expected = ops.dequantize(*parts[:3], 64, torch.float16)
+    kept = [torch.empty_like(expected), torch.empty_like(expected)]
+    failures = []
+
+    def run(out):
+        try:
+            cuda_kernels.decode_rows(*parts[:3], 64, None, 0, out)
+        except Exception as failure:
+            failures.append(failure)
+
+    for out in kept:
+        thread = threading.Thread(target=run, args=(out,))
+        thread.start()
+        thread.join()
+    torch.cuda.synchronize()
+    assert not failures and all(torch.equal(out, expected) for out in kept)
+
+
+def test_launches_with_sizes_filled_in_follow_the_tensors(device):
+    """The second call of a shape goes straight to the driver: other weights, inputs and biases must not be mixed up."""
+    cases = [packed(96, 1024, 64, torch.float16, device) for _ in range(3)]
+    for tokens in (1, 3):
+        for parts in cases * 2:
+            x = torch.randn(2, tokens, 1024, device=device).half()
+            for bias in (None, torch.randn(96, device=device).half()):
+                weight = reference.dequantize(*parts[:3], 64, torch.float32)
+                exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+                assert error(ops.linear(x, *parts[:3], 64, bias), exact) < 1e-3
+                # Not contiguous, not aligned: the sizes are the same, the way is not.
+                odd = torch.empty(2, tokens, 1025, device=device).half()[..., 1:].copy_(x)
+                assert error(ops.linear(odd, *parts[:3], 64, bias), exact) < 1e-3
+    assert choose._bound
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, None])
+@pytest.mark.parametrize("tokens", [1, 33, 100, 256, 300])
+def test_wgmma(tokens, splits, device):
+    from octavo.ops.triton import wgmma
+
+    if torch.cuda.get_device_capability() != wgmma.CAPABILITY:
+        assert choose.refusal(
+            "cuda_wgmma", torch.float16, tokens, *packed(16, 64, 64, torch.float16, device)[:2], 64
+        )
+        return
+    for rows, columns, block, dtype in ((515, 1040, 64, torch.bfloat16), (1000, 11008, 32, torch.float16)):
+        qdata, absmax, code = packed(rows, columns, block, torch.float16, device)
+        weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
+        x = torch.randn(tokens, columns, device=device).to(dtype)
+        bias = torch.randn(rows, device=device).to(dtype)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        outputs = [torch.full((tokens, rows), float("nan"), dtype=dtype, device=device) for _ in range(2)]
+        for out in outputs:
+            wgmma.linear_wgmma(x, qdata, absmax, code, block, bias, out, splits=splits)
+        assert error(outputs[0], exact) <= limit(dtype, x, weight, bias, exact)
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("tokens", [300, 2048])
+def test_a_bias_is_added_before_rounding(tokens, device):
+    """Several panels: 50400 x 4096 in 16 bits is more than a workspace."""
+    qdata = torch.randint(0, 256, (50400, 4096), dtype=torch.uint8, device=device)
+    absmax = (torch.rand(50400, 64, device=device) * 0.01 + 0.02).half()
+    code = codebook.dynamic().to(device)
+    weight = reference.dequantize(qdata, absmax, code, 64, torch.float32)
+    x, bias = torch.randn(tokens, 4096, device=device).half(), torch.randn(50400, device=device).half()
+    out = torch.empty(tokens, 50400, dtype=torch.float16, device=device)
+    choose.LINEAR["panels"](x, qdata, absmax, code, 64, bias, out)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert error(out, exact) <= limit(torch.float16, x, weight, bias, exact)
+
+
 def test_no_large_float_copy_is_ever_held(device):
     rows, columns = 50400, 4096
     qdata = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, device=device)
