@@ -27,8 +27,8 @@ def permute(weight, heads):
 
 
 def letters(count):
-    """A vocabulary for one merge, "a" and "b"."""
-    return [chr(33 + i) if i < 94 else f"t{i}" for i in range(count - 1)] + ["ab"]
+    """A vocabulary for two merges; older transformers take a list of one for its element."""
+    return [chr(33 + i) if i < 94 else f"t{i}" for i in range(count - 2)] + ["ab", "cd"]
 
 
 def write_llama(path, model, *, output=True, quantize=None):
@@ -51,7 +51,7 @@ def write_llama(path, model, *, output=True, quantize=None):
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(letters(config.vocab_size))
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -122,7 +122,7 @@ def write_qwen3_moe(path, model):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(letters(config.vocab_size))
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         array = tensor.numpy()
@@ -210,7 +210,7 @@ def test_architecture_of_transformers_newer_reader(tmp_path):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(letters(TOKENS))
     writer.add_token_types([1] * TOKENS)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LFM2, 2)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":
