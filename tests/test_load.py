@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 import octavo
 from octavo.checkpoint import CheckpointError
@@ -10,6 +12,18 @@ from octavo.checkpoint import CheckpointError
 from .published import publish, tiny_gptj
 
 IDS = torch.arange(11)[None] * 7
+
+
+def refusal() -> str:
+    """Why transformers refuses the installed PEFT; empty if it does not."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+needs_peft_for_transformers = pytest.mark.skipif(bool(refusal()), reason=f"transformers: {refusal()}")
 
 
 def logits(model):
@@ -39,11 +53,18 @@ def test_published_checkpoint_with_short_blocks_is_fitted_with_a_warning(tmp_pat
     assert 0 < error < 0.02
 
 
-def test_published_adapters_work_and_can_be_switched_off(tmp_path):
+def test_published_adapters_work(tmp_path):
     expected = publish(tiny_gptj(64), tmp_path, adapters=True)
     model = octavo.load(tmp_path, device="cpu")
     torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-5)
+
+
+@needs_peft_for_transformers
+def test_published_adapters_can_be_switched_off(tmp_path):
+    publish(tiny_gptj(64), tmp_path, adapters=True)
+    model = octavo.load(tmp_path, device="cpu")
     with_adapter = logits(model)
+    assert model.active_adapters() == ["published"]
     model.disable_adapters()
     assert (logits(model) - with_adapter).abs().max() > 1e-2
 
@@ -116,7 +137,24 @@ def test_adapter_on_top(options, tmp_path):
     loaded = octavo.load(tmp_path / "plain", device="cpu", adapter=tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), expected)
     assert (base - expected).abs().max() > 1e-2
-    assert type(loaded) is type(plain) and loaded.active_adapters() == ["default"]
+    assert type(loaded) is type(plain)
+
+
+@needs_peft_for_transformers
+def test_an_adapter_on_top_can_be_switched_off(tmp_path):
+    import peft
+
+    tiny_gptj().save_pretrained(tmp_path / "plain")
+    model = octavo.load(tmp_path / "plain", device="cpu")
+    base = logits(model)
+    options = KINDS["lora"]
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options)).save_pretrained(
+        tmp_path / "adapter"
+    )
+    loaded = octavo.load(tmp_path / "plain", device="cpu", adapter=tmp_path / "adapter")
+    assert loaded.active_adapters() == ["default"] and not torch.equal(logits(loaded), base)
+    loaded.disable_adapters()
+    assert torch.equal(logits(loaded), base)
 
 
 def test_what_is_no_adapter_is_named(tmp_path):

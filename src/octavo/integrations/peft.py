@@ -66,13 +66,16 @@ def add_published_adapters(model: Any, adapters: dict[str, tuple[torch.Tensor, t
         ImportError: if PEFT is not installed, saying how to install it.
     """
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError(
             "this checkpoint carries adapters, which PEFT applies: `pip install 'octavo[train]'`"
         ) from error
 
-    model.add_adapter(LoraConfig(**lora_options(adapters)), ADAPTER_NAME)
+    # By PEFT's own function: transformers' `add_adapter` refuses a PEFT older than the one it was written for.
+    config = LoraConfig(**lora_options(adapters), base_model_name_or_path=model.name_or_path)
+    inject_adapter_in_model(config, model, ADAPTER_NAME)
+    model._hf_peft_config_loaded = True
     for name, (down, up) in adapters.items():
         _fill(model.get_submodule(name), down, up)
 
