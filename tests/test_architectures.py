@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from .architectures.check import TASKS, PlainFailsError, architectures, check, plain_model
 from .architectures.exceptions import PLAIN_FAILS
@@ -49,8 +50,6 @@ found: dict[tuple[str, str], str] = {}
 @pytest.fixture(autouse=True)
 def _quiet():
     """transformers has a word to say about many a random model."""
-    import transformers
-
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     # The results' threads: sums are then those of the sweep.
@@ -75,12 +74,17 @@ def test_every_architecture(task, kind, tmp_path):
     if (task, kind) in PLAIN_FAILS:
         found[task, kind] = "plain"
         _, message = PLAIN_FAILS[task, kind]
-        # As soon as it runs, it belongs among the others.
-        with pytest.raises(PlainFailsError, match=message):
+        # As soon as it runs, it belongs among the others. Other versions of transformers say it otherwise.
+        with pytest.raises(PlainFailsError, match=message if is_of_the_table() else ""):
             check(kind, task, tmp_path)
         return
     found[task, kind] = "fails"
-    check(kind, task, tmp_path)
+    try:
+        check(kind, task, tmp_path)
+    except PlainFailsError as error:
+        if is_of_the_table():
+            raise
+        pytest.skip(f"the plain model fails in this transformers: {error}")
     found[task, kind] = "works"
 
 
@@ -89,6 +93,8 @@ def test_the_count(capsys):
     """Printed at the end of a whole run; the committed table says the same."""
     if len(found) < len(ALL):
         pytest.skip("counts need every architecture: run the whole file")
+    if not is_of_the_table():
+        pytest.skip(f"the table is of transformers {results()['transformers']}")
     with capsys.disabled():
         for task in TASKS:
             print(f"\n{task}: {dict(Counter(found[key] for key in ALL if key[0] == task))}", end="")
@@ -97,6 +103,10 @@ def test_the_count(capsys):
 
 def results():
     return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def is_of_the_table() -> bool:
+    return transformers.__version__ == results()["transformers"]
 
 
 def test_the_page_shows_what_the_sweep_found():
