@@ -111,6 +111,51 @@ def test_what_is_no_data_is_named(tmp_path, name, content, message):
         read_records([str(tmp_path / name)])
 
 
+def test_lines_of_json_end_with_newlines_alone(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = ["a\u2028b", "c\x85d", "e"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert read_records([str(path)]) == [{"text": text} for text in texts]
+
+
+@pytest.mark.parametrize("message", ["hola", {"x": "user"}, {"role": 1, "content": "a"}, {"role": "user"}])
+def test_messages_that_are_none_are_named(message, tmp_path):
+    good = {"role": "user", "content": "hi"}
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": [good]}, {"messages": [good, message]}])
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2, message 2: expected \{\"role\""):
+        read_records([path])
+
+
+def test_blank_texts_and_broken_arrays_are_named_by_their_option(tmp_path):
+    (tmp_path / "a.txt").write_text("\n \n\n")
+    with pytest.raises(ValueError, match=r"--validation .*a.txt: the file holds nothing but blank lines"):
+        read_records([str(tmp_path / "a.txt")], "--validation")
+    (tmp_path / "a.json").write_text('[{"text": "a"},')
+    with pytest.raises(ValueError, match=r"a.json: expected a JSON array of records"):
+        read_records([str(tmp_path / "a.json")])
+
+
+def test_an_answers_first_token_may_begin_with_the_templates_space(tmp_path):
+    template = CHAT.replace("<assistant>{% endif %}", "<assistant> {% endif %}").replace(
+        "<{{ m.role }}>{{ m.content }}", "<{{ m.role }}> {{ m.content }}"
+    )
+    tokenizer = byte_tokenizer(template)
+    # One token for a space and an "h".
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["vocab"]["\u0120h"] = len(backend["model"]["vocab"])
+    backend["added_tokens"] = []
+    backend["model"]["merges"] = [["\u0120", "h"]]
+    joined = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<end>"
+    )
+    joined.chat_template = template
+    turns = [("user", "hi"), ("assistant", "hello")]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
+    (example,) = tokenize(read_records([path]), joined, 200).examples
+    assert learned(example, joined) == " hello<end>"
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"--data nowhere.txt: no such file"):
         read_records(["nowhere.txt"])

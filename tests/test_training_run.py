@@ -134,6 +134,43 @@ def test_ctrl_c_saves_and_resuming_gives_the_losses_of_an_uninterrupted_run(whol
     assert resumed.after["eval_loss"] == pytest.approx(whole[1].after["eval_loss"], rel=1e-6)
 
 
+def test_a_finished_run_is_not_resumed_but_completed(tmp_path):
+    recipe = replace(SMALL, max_steps=2, schedule="constant", warmup=0.0)
+    outcome = run(tmp_path, recipe)
+    with pytest.raises(ValueError, match=r"is finished \(2 steps\)"):
+        run(tmp_path, recipe, resume=True)
+    # Killed after its last checkpoint, before the adapter was saved.
+    saved = tmp_path / "adapter_model.safetensors"
+    before = saved.read_bytes()
+    saved.unlink()
+    again = run(tmp_path, recipe, resume=True)
+    assert again.steps == 2 and saved.read_bytes() == before
+    assert again.after["eval_loss"] == outcome.after["eval_loss"]
+
+
+def test_a_run_that_diverges_stops_and_says_so(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"loss is nan at step \d+: the run has diverged.*Lower --learning-rate"
+    ):
+        run(tmp_path, replace(SMALL, learning_rate=1e25, warmup=0.0, schedule="constant"))
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_more_tokens_than_the_model_has_positions(tmp_path):
+    model, tokenizer, train, held_out = model_and_data()
+    model.config.max_position_embeddings = 16
+    with pytest.raises(ValueError, match=r"--max-length: this model reads at most 16 tokens .* has 32"):
+        finetune_model(model, tokenizer, train, held_out, SMALL, tmp_path)
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_an_output_that_cannot_be_made(below, tmp_path):
+    file = tmp_path / "a file"
+    file.write_text("x")
+    with pytest.raises(ValueError, match=r"--output .*a file is no folder"):
+        refuse_to_overwrite(file / "run" if below else file)
+
+
 @pytest.mark.slow
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
     run(tmp_path, callbacks=[StopAt(2)])
@@ -239,7 +276,12 @@ def test_presets_and_options_that_make_no_sense():
     card = Recipe.of("model-card", learning_rate=None, lora_r=8)
     assert (card.lora_targets, card.lora_r, card.lora_alpha, card.schedule) == ("all", 8, 32, "linear")
     for options, message in (
-        ({"batch_size": 0}, "--batch-size: expected more than 0, found 0"),
+        ({"batch_size": 0}, "--batch-size: expected a number above 0, found 0"),
+        ({"learning_rate": float("inf")}, "--learning-rate: expected a number above 0, found inf"),
+        ({"learning_rate": float("nan")}, "--learning-rate: expected a number above 0, found nan"),
+        ({"weight_decay": float("nan")}, "--weight-decay: expected a number of at least 0, found nan"),
+        ({"evaluations": -1}, "--evaluations: expected a number of at least 0, found -1"),
+        ({"seed": -1}, "--seed: expected a number of at least 0, found -1"),
         ({"schedule": "up"}, "--schedule: expected one of cosine, linear, constant, found 'up'"),
         ({"preset": "x"}, "--preset: expected one of model-card"),
         ({"lora_parameters": "experts.w"}, "--lora-dropout: expected 0 with --lora-parameters"),

@@ -14,8 +14,8 @@ def finetune(
     data: Annotated[
         list[str],
         typer.Option(
-            help="What to learn from: .txt; .jsonl with text, prompt + completion, or chat messages; .csv; or the id "
-            "of a data set on the hub. May be given several times.",
+            help="What to learn from: .txt; .jsonl with text, prompt + completion, or chat messages (see above); .csv with "
+            "such columns; or the id of a data set on the hub. May be given several times.",
         ),
     ],
     output: Annotated[str, typer.Option(help="Folder for the adapter, the checkpoints and the loss curve.")],
@@ -38,7 +38,9 @@ def finetune(
     epochs: Annotated[
         float | None, typer.Option(help="How often to go through the data. Default: 1.")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps instead.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Stop after this many steps; --epochs is then ignored.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Examples at once, on each device. Memory grows with it. Default: 4.")
     ] = None,
@@ -72,7 +74,10 @@ def finetune(
         int | None, typer.Option(help="Rank of the adapters: how much they can learn. Default: 16.")
     ] = None,
     lora_alpha: Annotated[
-        int | None, typer.Option(help="Weight of the adapters, alpha / rank. Default: 32.")
+        int | None,
+        typer.Option(
+            help="Strength of the adapters: what they add is multiplied by alpha / rank. Default: 32."
+        ),
     ] = None,
     lora_dropout: Annotated[
         float | None, typer.Option(help="Against learning by heart. Default: 0.05.")
@@ -83,7 +88,10 @@ def finetune(
     ] = None,
     lora_parameters: Annotated[
         str | None,
-        typer.Option(help="Fused experts to adapt: mlp.experts.gate_up_proj,mlp.experts.down_proj."),
+        typer.Option(
+            help="Of a mixture of experts stored as stacks, the stacks to adapt: "
+            "mlp.experts.gate_up_proj,mlp.experts.down_proj."
+        ),
     ] = None,
     dora: Annotated[bool | None, typer.Option("--dora", help="Weight-decomposed adapters (DoRA).")] = None,
     rslora: Annotated[bool | None, typer.Option("--rslora", help="Scale adapters by alpha / √rank.")] = None,
@@ -113,6 +121,17 @@ def finetune(
 ) -> None:
     """Teach MODEL your texts. Its weights stay frozen in 8 bits; small adapters on top of them learn.
 
+    MODEL may be in 8 bits already (`octavo quantize`) or not: then it is quantized while it loads. A line of a .jsonl
+    file is one of
+
+    {"text": "A whole text."}
+
+    {"prompt": "2 + 2 = ", "completion": "4"}
+
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+
+    of which the completion and the assistant's turns are learned; nothing is put between prompt and completion.
+
     The result is an adapter folder of a few megabytes, for `octavo generate MODEL --adapter OUTPUT` or PEFT. Ctrl-C
     saves; the same command with --resume goes on. Several devices: accelerate launch -m octavo finetune ...
 
@@ -128,7 +147,7 @@ def finetune(
 
     from rich.console import Console
 
-    from octavo.cli.progress import quiet_future_warnings
+    from octavo.cli.progress import quiet_future_warnings, quiet_peft
     from octavo.loading import load, load_tokenizer
     from octavo.training.data import read_records, split_records, tokenize
     from octavo.training.recipe import Recipe
@@ -143,6 +162,7 @@ def finetune(
     from octavo.training.sharding import is_sharded, leave_together, sharding_asked
 
     quiet_future_warnings()
+    quiet_peft()
     recipe = Recipe.of(preset, **{name: given[name] for name in Recipe.__dataclass_fields__ if name in given})
     if resume:
         newest_checkpoint(output)
@@ -153,7 +173,7 @@ def finetune(
     console = Console(stderr=True, quiet=device.index not in (None, 0) or _rank() > 0)
     records = read_records(data)
     if validation:
-        held = read_records(validation)
+        held = read_records(validation, "--validation")
     else:
         records, held = split_records(records, recipe.validation_split, recipe.seed)
     tokenizer = load_tokenizer(model)
@@ -195,7 +215,7 @@ def finetune(
             f"perplexity {outcome.before['eval_perplexity']:.2f} → {outcome.after['eval_perplexity']:.2f} "
             f"({int(outcome.after['eval_tokens']):,} tokens not trained on)"
         )
-    console.print(f'Try it: octavo generate {model} --adapter {output} "..."')
+    console.print(f'Try it: octavo generate {model} --adapter {output} "..."', soft_wrap=True)
 
 
 def _rank() -> int:

@@ -54,12 +54,13 @@ def generate(
 
     import torch
 
-    from octavo.cli.progress import quiet_loading
+    from octavo.cli.progress import quiet_future_warnings, quiet_loading
     from octavo.loading import load, load_tokenizer
     from octavo.serving.generation import stream
 
     text = sys.stdin.read() if prompt == "-" else prompt
     quiet_loading(always=False)
+    quiet_future_warnings()
     started = time.perf_counter()
     network = load(model, dtype=dtype, device=device, adapter=adapter)
     tokenizer = load_tokenizer(model)

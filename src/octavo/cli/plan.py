@@ -27,7 +27,10 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="What there is: 11GB, 24GiB. Says what to change if it is too little.")
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens of a text.", min=2)] = 2048,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a text. Default: 2048, or what the model reads at most.", min=2),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 1,
     lora_r: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 16,
     lora_targets: Annotated[
@@ -43,7 +46,8 @@ def plan(
         str | None, typer.Option(help="Type to compute in. Default: bfloat16 on a GPU, float32 on a CPU.")
     ] = None,
 ) -> None:
-    """Estimate the memory that MODEL takes in 8 bits, part by part, without downloading its weights.
+    """Estimate the memory that MODEL takes in 8 bits, part by part, without downloading its weights: for loading it, for
+    generating from it, and for `octavo finetune`. With --memory, each is said to fit or not; 8GB are 7.45 GiB.
 
     Examples:
 
@@ -68,6 +72,12 @@ def plan(
         raise ValueError(f"--dtype: expected one of {', '.join(types)}, found {chosen!r}")
     computing = types[chosen]
     config, octavo_config, quantized = read_config(model)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length_now = max_length or min(2048, positions or 2048)
+    if positions and length_now > positions:
+        raise ValueError(
+            f"--max-length: this model reads at most {positions} tokens (max_position_embeddings), found {length_now}"
+        )
     options: dict[str, Any] = {
         "lora_r": lora_r,
         "lora_targets": lora_targets,
@@ -94,20 +104,26 @@ def plan(
         f"{device}"
     )
     _show(console, "loading", loading, available)
-    size = f"{batch_size} × {max_length} tokens"
-    try:
-        generating = estimates.generating(
-            config, octavo_config, computing, max_length=max_length, batch_size=batch_size, device=device
+    size = f"{batch_size} × {length_now} tokens"
+
+    def generate(length: int, batch: int):
+        return estimates.generating(
+            config, octavo_config, computing, max_length=length, batch_size=batch, device=device
         )
+
+    try:
+        generating = generate(length_now, batch_size)
         _show(console, f"generating, {size}", generating, available)
-        training = train(max_length, batch_size)
+        if available is not None and generating.total > available:
+            _advise_generating(console, generate, available, length_now, batch_size)
+        training = train(length_now, batch_size)
     except estimates.DependsOnValues as error:
         console.print(f"\ngenerating and training: {error}")
         return
     _show(console, f"training, {size}", training, available)
     console.print(f"  ({training.trainable / 1e6:,.1f} million parameters are trained)")
     if available is not None and training.total > available:
-        _advise(console, train, available, max_length, batch_size, options)
+        _advise(console, train, available, length_now, batch_size, options)
 
 
 def parse_memory(text: str) -> int:
@@ -147,11 +163,25 @@ def _gib(size: int) -> str:
 def _show(console: Any, title: str, estimate: Any, available: int | None) -> None:
     fits = ""
     if available is not None:
-        fits = " [green]fits[/green]" if estimate.total <= available else " [red]does not fit[/red]"
+        fits = " [green]fits" if estimate.total <= available else " [red]does not fit"
+        fits += f"[/] into {_gib(available).strip()}"
     console.print(f"\n[bold]{title}[/bold]{fits}")
-    for part, size in estimate.parts.items():
-        console.print(f"  {part:32} {_gib(size)}")
-    console.print(f"  [bold]{'together':32} {_gib(estimate.total)}[/bold]")
+    # One unit a table.
+    unit, name = (2**30, "GiB") if estimate.total >= 2**30 else (2**20, "MiB")
+    for part, size in (*estimate.parts.items(), ("together", estimate.total)):
+        line = f"{part:32} {size / unit:8.2f} {name}"
+        console.print(f"  [bold]{line}[/bold]" if part == "together" else f"  {line}")
+
+
+def _advise_generating(console: Any, generate: Any, available: int, length: int, batch: int) -> None:
+    """Print the first batch and length that fit, if any do."""
+    while batch > 1 or length > 256:
+        batch, length = (1, length) if batch > 1 else (1, length // 2)
+        total = generate(length, batch).total
+        if total <= available:
+            console.print(f"  {batch} × {length} tokens fit: {_gib(total).strip()}")
+            return
+    console.print("  It does not fit with 256 tokens either: a smaller model, or more memory.")
 
 
 def _advise(

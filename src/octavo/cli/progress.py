@@ -53,3 +53,10 @@ def quiet_future_warnings() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def quiet_peft() -> None:
+    """Keep PEFT from saying, at every checkpoint, that it saves adapters on embeddings with (or without) the embeddings."""
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")

@@ -47,12 +47,15 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are learned."""
-        return sum(sum(label != IGNORED for label in example["labels"]) for example in self.examples)
+        """Tokens that are learned; the first of an example is predicted from nothing, so it is not."""
+        return sum(sum(label != IGNORED for label in example["labels"][1:]) for example in self.examples)
 
 
-def read_records(sources: Iterable[str]) -> list[dict[str, Any]]:
+def read_records(sources: Iterable[str], option: str = "--data") -> list[dict[str, Any]]:
     """Read files or hub ids into records, each with exactly one of `text`, `prompt`+`completion`, `messages`.
+
+    Args:
+        option: what errors call the sources.
 
     Raises:
         ValueError: if a file holds something else, naming the file and the line.
@@ -61,43 +64,49 @@ def read_records(sources: Iterable[str]) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for source in sources:
         try:
-            records += _read(source)
+            records += _read(source, f"{option} {source}")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"--data {source}: expected text in UTF-8, found byte {error.object[error.start]:#04x} at {error.start}; convert "
-                f"it: iconv -f LATIN1 -t UTF-8 {source}"
+                f"{option} {source}: expected text in UTF-8, found byte {error.object[error.start]:#04x} at {error.start}; "
+                f"convert it: iconv -f LATIN1 -t UTF-8 {source}"
             ) from error
     return records
 
 
-def _read(source: str) -> list[dict[str, Any]]:
+def _read(source: str, named: str) -> list[dict[str, Any]]:
     path = Path(source)
     ending = path.suffix.lower()
     if not path.exists():
         if ending in (".txt", ".jsonl", ".json", ".csv"):
-            raise FileNotFoundError(f"--data {source}: no such file")
-        return _read_hub(source)
+            raise FileNotFoundError(f"{named}: no such file")
+        return _read_hub(source, named)
     if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"--data {source}: the file is empty")
+        raise ValueError(f"{named}: the file is empty")
     if ending == ".txt":
-        return [{"text": path.read_text(encoding="utf-8"), "packed": True}]
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise ValueError(f"{named}: the file holds nothing but blank lines")
+        return [{"text": text, "packed": True}]
     if ending in (".jsonl", ".json"):
         return [_checked(record, place) for place, record in _read_json(path)]
     if ending == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
         return [_checked(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
-    raise ValueError(
-        f"--data {source}: expected a .txt, .jsonl, .json or .csv file, found {ending or 'none'}"
-    )
+    raise ValueError(f"{named}: expected a .txt, .jsonl, .json or .csv file, found {ending or 'none'}")
 
 
 def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        yield from ((f"{path}, record {number}", record) for number, record in enumerate(json.loads(text), 1))
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: expected a JSON array of records, found {error}") from error
+        yield from ((f"{path}, record {number}", record) for number, record in enumerate(records, 1))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not `splitlines`: JSON's strings may hold other line separators as they are.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield f"{path}, line {number}", json.loads(line)
@@ -107,19 +116,19 @@ def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
                 ) from error
 
 
-def _read_hub(name: str) -> list[dict[str, Any]]:
+def _read_hub(name: str, named: str) -> list[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"--data {name}: no such file; for a data set of the Hugging Face hub, `pip install datasets`"
+            f"{named}: no such file; for a data set of the Hugging Face hub, `pip install datasets`"
         ) from error
     try:
         table = load_dataset(name, split="train")
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"--data {name}: neither a file here nor a data set that the Hugging Face hub gives ({reason})"
+            f"{named}: neither a file here nor a data set that the Hugging Face hub gives ({reason})"
         ) from error
     return [_checked(record, f"{name}, record {number}") for number, record in enumerate(table, 1)]
 
@@ -129,6 +138,13 @@ def _checked(record: Any, place: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{place}: expected a record with {FORMS}, found {type(record).__name__}")
     if isinstance(record.get("messages"), list):
+        for number, message in enumerate(record["messages"], 1):
+            turn = isinstance(message, dict) and isinstance(message.get("role"), str)
+            if not turn or not ("content" in message or "tool_calls" in message):
+                raise ValueError(
+                    f'{place}, message {number}: expected {{"role": "user" or "assistant", "content": "..."}}, found '
+                    f"{json.dumps(message, ensure_ascii=False, default=str)[:80]}"
+                )
         return {"messages": record["messages"]}
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
         return {"prompt": record["prompt"], "completion": record["completion"]}
@@ -248,8 +264,9 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
     labels = [
-        token if any(first <= begin < last for first, last in spans) else IGNORED
-        for token, (begin, _) in zip(ids, encoded["offset_mapping"], strict=True)
+        # A token that reaches into the span from before, with a space of the template's, is the first of the answer.
+        token if any(begin < last and end > first for first, last in spans) else IGNORED
+        for token, (begin, end) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
     return ids, labels
 

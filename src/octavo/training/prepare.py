@@ -11,6 +11,7 @@ Example:
     >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))           # doctest: +SKIP
 """
 
+import math
 import os
 import warnings
 from typing import Any
@@ -168,3 +169,17 @@ class GradientGuard(TrainerCallback):
         if not self._checked:
             self._checked = True
             check_gradients(model)
+
+
+class LossGuard(TrainerCallback):
+    """Stops a run whose loss is no number any more, and says what helps. Needs `logging_nan_inf_filter=False`."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                which = "training" if name == "loss" else "validation"
+                raise ValueError(
+                    f"the {which} loss is {value} at step {state.global_step}: the run has diverged, and its end was not saved. "
+                    f"Lower --learning-rate ({args.learning_rate:g}) or raise --warmup; checkpoints are in {args.output_dir}"
+                )

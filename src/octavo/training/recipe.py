@@ -5,6 +5,7 @@ Example:
     4
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,10 +55,14 @@ class Recipe:
             "learning_rate",
         )
         for name in positive:
-            _require(getattr(self, name) > 0, name, "more than 0", getattr(self, name))
+            value = getattr(self, name)
+            _require(0 < value < math.inf, name, "a number above 0", value)
+        for name in ("weight_decay", "max_grad_norm", "evaluations", "seed"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, "a number of at least 0", value)
         _require(self.max_length >= 2, "max_length", "at least 2 tokens", self.max_length)
         _require(self.max_steps is None or self.max_steps > 0, "max_steps", "more than 0", self.max_steps)
-        _require(self.epochs > 0, "epochs", "more than 0", self.epochs)
+        _require(0 < self.epochs < math.inf, "epochs", "a number above 0", self.epochs)
         _require(0 <= self.warmup < 1, "warmup", "a share of the steps, from 0 to below 1", self.warmup)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "from 0 to below 1", self.lora_dropout)
         _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from .adapters import add_adapters
 from .data import Example, collate
-from .prepare import GradientGuard, prepare_for_training
+from .prepare import GradientGuard, LossGuard, prepare_for_training
 from .recipe import Recipe
 from .sharding import held_bytes, keep_accelerate_from_sharding, shard_frozen, sharding_asked
 from .trainer import OctavoTrainer, Progress, StopOnInterrupt
@@ -131,6 +131,8 @@ def arguments_of(
         data_seed=recipe.seed,
         logging_steps=max(1, steps // 100),
         logging_first_step=True,
+        # A loss that is no number must be seen (`prepare.LossGuard`), not replaced by 0.
+        logging_nan_inf_filter=False,
         eval_strategy="steps" if validate and recipe.evaluations else "no",
         eval_steps=every,
         save_strategy=SaveStrategy.STEPS,
@@ -190,19 +192,32 @@ def finetune_model(
     """
     if not train:
         raise ValueError("nothing to train on: every example is empty, or its prompt fills --max-length")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(example["input_ids"]) for example in (*train, *held_out))
+    if positions and longest > positions:
+        raise ValueError(
+            f"--max-length: this model reads at most {positions} tokens (max_position_embeddings), an example has {longest}"
+        )
     output = Path(output)
     checkpoint = newest_checkpoint(output) if resume else None
     _same_options(recipe, train, held_out, output, checkpoint is not None)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    steps = steps_of(recipe, len(train), processes)
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    finished = state is not None and state.global_step >= steps
+    if finished and (output / "adapter_model.safetensors").exists():
+        raise ValueError(
+            f"--resume: the run in {output} is finished ({steps} steps); to train further start a new run with another --output"
+        )
     set_seed(recipe.seed)
     # Whether a step computes in 16 bits was settled when the model was loaded.
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     prepare_for_training(model, gradient_checkpointing=recipe.gradient_checkpointing)
     model = add_adapters(model, recipe)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
     shard = sharding_asked()
     if shard:
         keep_accelerate_from_sharding()
-    arguments = arguments_of(recipe, output, steps_of(recipe, len(train), processes), dtype, bool(held_out))
+    arguments = arguments_of(recipe, output, steps, dtype, bool(held_out))
     arguments.eval_on_start = bool(held_out) and checkpoint is None
     if shard:
         shard_frozen(model, arguments.device)
@@ -214,7 +229,7 @@ def finetune_model(
         eval_dataset=held_out or None,
         data_collator=partial(collate, pad=pad),
         processing_class=tokenizer,
-        callbacks=[GradientGuard(), *(callbacks or [])],
+        callbacks=[GradientGuard(), LossGuard(), *(callbacks or [])],
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -222,7 +237,12 @@ def finetune_model(
     stop = StopOnInterrupt(trainer.accelerator)
     trainer.add_callback(stop)
     with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if state is not None and finished and not shard:
+            # It was killed between its last checkpoint and saving the adapter; the Trainer would take one more step.
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     outcome = Outcome(model=trainer.model, steps=trainer.state.global_step, interrupted=stop.interrupted)
     if held_out and not stop.interrupted and not _evaluated_at(trainer.state):
         trainer.evaluate()
@@ -251,9 +271,14 @@ def refuse_to_overwrite(output: str | Path) -> None:
     """Keep a new run out of another's folder.
 
     Raises:
-        ValueError: if `output` holds an adapter or checkpoints.
+        ValueError: if `output` holds an adapter or checkpoints, or cannot be made.
     """
     output = Path(output)
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"--output {output}: {parent} is {'no folder' if not parent.is_dir() else 'not writable'}; give another"
+        )
     if (output / "adapter_model.safetensors").exists() or list(output.glob("checkpoint-*")):
         raise ValueError(
             f"--output {output} holds a run already: --resume goes on with it; for a new one give another folder, or remove this"
