@@ -92,6 +92,13 @@ def test_models_that_share_no_keys_or_are_not_sdpa_are_left_alone():
     assert eager.config._attn_implementation == "eager"
 
 
+def test_models_whose_layers_differ_in_their_heads_are_left_alone():
+    model = llama()
+    model.config.per_layer_config = {1: {"num_attention_heads": 4}}
+    attention.use_grouped_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_load_asks_for_it_and_saving_forgets_it(tmp_path):
     llama().save_pretrained(tmp_path / "plain")
     model = octavo.load(tmp_path / "plain")

@@ -1,8 +1,10 @@
 """`octavo.load` and `octavo.compat`: every kind of source in one call."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.peft_utils import check_peft_version
 
@@ -100,6 +102,21 @@ def test_plain_model_is_quantized_while_loading_and_reloads_bit_for_bit(tmp_path
     model.save_pretrained(tmp_path / "eight")
     assert torch.equal(logits(octavo.load(tmp_path / "eight", device="cpu")), logits(model))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "eight")), logits(model))
+
+
+def test_a_model_keeps_its_own_configuration_where_its_class_is_anothers(tmp_path, monkeypatch):
+    """As EXAONE, whose class is Llama's: names in its files depend on which it is."""
+    plain = tiny_gptj()
+    other = type("OtherConfig", (type(plain.config),), {"model_type": "octavo_other"})
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "octavo_other", other)
+    plain.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "octavo_other"}))
+    model = octavo.load(tmp_path, device="cpu")
+    assert type(model).__name__ == "GPTJForCausalLM" and type(model.config) is other
+    model.save_pretrained(tmp_path / "eight")
+    again = octavo.load(tmp_path / "eight", device="cpu")
+    assert type(again.config) is other and torch.equal(logits(again), logits(model))
 
 
 def test_bin_checkpoint(tmp_path):

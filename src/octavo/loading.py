@@ -154,4 +154,6 @@ def _load_pretrained(source: Any, dtype: torch.dtype, device: torch.device, conf
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
     if source.kind != "octavo":
         options["quantization_config"] = config
-    return model_class_of(source.model_config()).from_pretrained(str(source.folder), **options)
+    # The class alone would read config.json as its own configuration: EXAONE's, whose class is Llama's, as Llama's.
+    model_config = source.model_config()
+    return model_class_of(model_config).from_pretrained(str(source.folder), config=model_config, **options)

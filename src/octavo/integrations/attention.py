@@ -76,11 +76,15 @@ def attention(
 def use_grouped_attention(model: Any) -> None:
     """Let a model that is loaded on a CPU and uses "sdpa" attend by `attention` while it decodes, where that is any different.
 
-    Left alone: models that do not share keys, those made of several models, and those whose code asks for the name "sdpa".
+    Left alone: models that do not share keys, those made of several models, those whose layers differ in their heads, and those
+    whose code asks for the name "sdpa".
     """
     config = model.config
-    heads = getattr(config, "num_attention_heads", None)
-    shared = getattr(config, "num_key_value_heads", None)
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+        shared = getattr(config, "num_key_value_heads", None)
+    except RuntimeError:  # what transformers raises where layers differ
+        return
     if (
         model.device.type != "cpu"
         or config._attn_implementation != "sdpa"
