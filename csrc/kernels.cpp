@@ -78,7 +78,7 @@ const Features& features() {
 #endif
 
 struct Supported {
-  const Kernels* list[6] = {};
+  const Kernels* list[16] = {};  // far more than there are; a null ends them
   Supported() {
     int n = 0;
 #if defined(OCTAVO_X86)

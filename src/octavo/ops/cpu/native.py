@@ -1,7 +1,7 @@
 """The native module: whether it is there, which kernels of it are used, and how tensors are handed to it.
 
 Without it, or with the environment variable OCTAVO_CPU_ISA=none, the plain-PyTorch definitions stay in charge.
-OCTAVO_CPU_ISA=vbmi, avx512, avx2 or portable picks kernels, for tests.
+OCTAVO_CPU_ISA=vbmi_bf16, vbmi, avx512, avx2, neon or portable picks kernels, for tests.
 
 Example:
     >>> from octavo.ops.cpu import native
