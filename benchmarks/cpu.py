@@ -157,16 +157,33 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["kernels", "models"])
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="default: torch's")
-    parser.add_argument("--rounds", type=positive, default=6, help="measurements of each, in turns")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON and the plot")
-    parser.add_argument("--rows", type=positive, default=16384, help="kernels: rows of the matrix")
-    parser.add_argument("--columns", type=positive, default=4096, help="kernels: columns of the matrix")
-    parser.add_argument("--shape", choices=list(SHAPES), default="1b", help="models: the model's shape")
+    parser.add_argument(
+        "--rounds", type=positive, default=6, help="measurements of each, in turns; default: %(default)s"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        help="folder for the JSON and the plot, which replace those of the same processor and shape; default: benchmarks/results",
+    )
+    parser.add_argument(
+        "--rows", type=positive, default=16384, help="kernels: rows of the matrix; default: %(default)s"
+    )
+    parser.add_argument(
+        "--columns", type=positive, default=4096, help="kernels: columns of the matrix; default: %(default)s"
+    )
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), default="1b", help="models: the model's shape; default: %(default)s"
+    )
     parser.add_argument(
         "--engines", nargs="*", choices=list(ENGINES), help="models: which peers; default: all"
     )
-    parser.add_argument("--decode", type=positive, default=32, help="models: tokens decoded one by one")
-    parser.add_argument("--prefill", type=positive, default=512, help="models: tokens of a prefill")
+    parser.add_argument(
+        "--decode", type=positive, default=32, help="models: tokens decoded one by one; default: %(default)s"
+    )
+    parser.add_argument(
+        "--prefill", type=positive, default=512, help="models: tokens of a prefill; default: %(default)s"
+    )
     parser.add_argument(
         "--folder", type=Path, default=Path("build/benchmarks"), help="models: where checkpoints go"
     )
