@@ -60,6 +60,7 @@ def plan(
 
     from octavo.cli.progress import quiet_future_warnings
     from octavo.training import memory as estimates
+    from octavo.training.data import check_length
     from octavo.training.recipe import Recipe
 
     quiet_future_warnings()
@@ -74,10 +75,7 @@ def plan(
     config, octavo_config, quantized = read_config(model)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     length_now = max_length or min(2048, positions or 2048)
-    if positions and length_now > positions:
-        raise ValueError(
-            f"--max-length: this model reads at most {positions} tokens (max_position_embeddings), found {length_now}"
-        )
+    check_length(config, length_now)
     options: dict[str, Any] = {
         "lora_r": lora_r,
         "lora_targets": lora_targets,

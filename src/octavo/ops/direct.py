@@ -15,7 +15,7 @@ Example:
 
 import torch
 
-from . import cpu, triton
+from . import cpu, schema, triton
 
 
 def possible(x: torch.Tensor, qdata: torch.Tensor, bias: torch.Tensor | None, width: int) -> bool:
@@ -65,22 +65,14 @@ def _transposed(x, *rest):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, qdata, absmax, code, block_size, bias):
-        ctx.save_for_backward(qdata, absmax, code)
-        ctx.block_size = block_size
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        schema.save_linear(ctx, (x, qdata, absmax, code, block_size, bias), None)
         return _linear(x, qdata, absmax, code, block_size, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        packed = (*ctx.saved_tensors, ctx.block_size)
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            # A backward pass that is itself differentiated takes the way that knows its gradient.
-            transposed = torch.ops.octavo.linear_transposed if torch.is_grad_enabled() else _transposed
-            grad_x = transposed(grad, *packed)
-        if ctx.needs_input_grad[5]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, None, None, None, None, grad_bias
+        # A backward pass that is itself differentiated takes the way that knows its gradient.
+        transposed = torch.ops.octavo.linear_transposed if torch.is_grad_enabled() else _transposed
+        return schema.gradients_of_linear(ctx, grad, transposed)
 
 
 class _LinearTransposed(torch.autograd.Function):

@@ -234,22 +234,31 @@ def _(weight, block_size, bins, absmax_dtype):
     return weight.new_empty((bins,), dtype=torch.int64)
 
 
-def _save_linear(ctx, inputs, output):
+def save_linear(ctx, inputs, output):
     _, qdata, absmax, code, block_size, bias = inputs
     ctx.block_size = block_size
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(qdata, absmax, code)
 
 
-def _backward_linear(ctx, grad):
-    """Gradients of x (grad W, from the quantized weight, panel by panel) and of bias (grad summed over tokens)."""
+def gradients_of_linear(ctx, grad, transposed):
+    """Gradients of x (grad W, from the quantized weight, panel by panel) and of bias (grad summed over tokens), of what
+    `save_linear` noted.
+
+    Args:
+        transposed: `linear_transposed` by the way to be taken.
+    """
     qdata, absmax, code = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.octavo.linear_transposed(grad, qdata, absmax, code, ctx.block_size)
+        grad_x = transposed(grad, qdata, absmax, code, ctx.block_size)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias
+
+
+def _backward_linear(ctx, grad):
+    return gradients_of_linear(ctx, grad, torch.ops.octavo.linear_transposed)
 
 
 def _save_linear_transposed(ctx, inputs, output):
@@ -266,7 +275,7 @@ def _backward_linear_transposed(ctx, grad):
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::linear", _backward_linear, setup_context=_save_linear, lib=LIBRARY
+    f"{NAMESPACE}::linear", _backward_linear, setup_context=save_linear, lib=LIBRARY
 )
 torch.library.register_autograd(
     f"{NAMESPACE}::linear_transposed",

@@ -282,6 +282,15 @@ def _add(result: Examples, ids: list[int], labels: list[int], max_length: int) -
         result.examples.append({"input_ids": ids, "labels": labels})
 
 
+def check_length(config: Any, length: int) -> None:
+    """Raise ValueError if a model of this configuration reads fewer than `length` tokens."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most and length > most:
+        raise ValueError(
+            f"--max-length: this model reads at most {most} tokens (max_position_embeddings), an example has {length}"
+        )
+
+
 def collate(examples: list[Example], pad: int = 0) -> dict[str, torch.Tensor]:
     """A batch: input_ids and labels [batch, longest], and an attention mask where something was padded."""
     longest = max(len(example["input_ids"]) for example in examples)

@@ -28,7 +28,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from .adapters import add_adapters
-from .data import Example, collate
+from .data import Example, check_length, collate
 from .prepare import GradientGuard, LossGuard, prepare_for_training
 from .recipe import Recipe
 from .sharding import held_bytes, keep_accelerate_from_sharding, shard_frozen, sharding_asked
@@ -192,12 +192,7 @@ def finetune_model(
     """
     if not train:
         raise ValueError("nothing to train on: every example is empty, or its prompt fills --max-length")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(example["input_ids"]) for example in (*train, *held_out))
-    if positions and longest > positions:
-        raise ValueError(
-            f"--max-length: this model reads at most {positions} tokens (max_position_embeddings), an example has {longest}"
-        )
+    check_length(model.config, max(len(example["input_ids"]) for example in (*train, *held_out)))
     output = Path(output)
     checkpoint = newest_checkpoint(output) if resume else None
     _same_options(recipe, train, held_out, output, checkpoint is not None)

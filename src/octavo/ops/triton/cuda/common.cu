@@ -208,3 +208,11 @@ __device__ __forceinline__ void look_up(u32 q, table_ref mine, float w[4]) {
     w[2] = entry(mine, byte_of<2>(q));
     w[3] = entry(mine, byte_of<3>(q));
 }
+
+// The four weights of q, rounded to the input's 16-bit type, in two packed pairs.
+__device__ __forceinline__ void decode_4(u32 q, float scale, table_ref mine, u32& first, u32& second) {
+    float w[4];
+    look_up(q, mine, w);
+    first = pack(multiply(w[0], scale), multiply(w[1], scale));
+    second = pack(multiply(w[2], scale), multiply(w[3], scale));
+}

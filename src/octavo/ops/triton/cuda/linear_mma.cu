@@ -26,13 +26,6 @@ __device__ __forceinline__ void mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, 
 }
 #endif
 
-__device__ __forceinline__ void decode_4(u32 q, float scale, table_ref mine, u32& first, u32& second) {
-    float w[4];
-    look_up(q, mine, w);
-    first = pack(multiply(w[0], scale), multiply(w[1], scale));
-    second = pack(multiply(w[2], scale), multiply(w[3], scale));
-}
-
 #ifndef WARPS_M
 #define WARPS_M 1
 #endif

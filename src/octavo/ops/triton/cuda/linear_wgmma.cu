@@ -100,13 +100,6 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
     return (u64)((address & 0x3ffff) >> 4) | ((u64)1 << 16) | ((u64)(1024 >> 4) << 32) | ((u64)1 << 62);
 }
 
-__device__ __forceinline__ void decode_4(u32 q, float scale, table_ref mine, u32& first, u32& second) {
-    float w[4];
-    look_up(q, mine, w);
-    first = pack(multiply(w[0], scale), multiply(w[1], scale));
-    second = pack(multiply(w[2], scale), multiply(w[3], scale));
-}
-
 // One step's 64 columns of this lane's two rows, for four instructions.
 __device__ __forceinline__ void decode_step(const Step<2>& held, table_ref mine, u32 a[4][4]) {
     const float upper = scale_value(held.scale[0]), lower = scale_value(held.scale[1]);
