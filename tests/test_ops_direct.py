@@ -18,9 +18,9 @@ def weight(device):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Names of the direct products that were called."""
+    """Names of the products that went straight to a kernel."""
     names = []
-    for name in ("linear", "linear_transposed"):
+    for name in ("_linear", "_transposed"):
         own = getattr(direct, name)
         monkeypatch.setattr(direct, name, lambda *a, name=name, own=own: (names.append(name), own(*a))[1])
     return names
@@ -41,7 +41,7 @@ def test_values_and_gradients_are_those_of_a_plain_layer(tokens, with_bias, weig
     bias = torch.randn(24, device=device, requires_grad=True) if with_bias else None
     inputs = (x, bias) if with_bias else (x,)
     out, expected = F.linear(x, weight, bias), F.linear(x, dense, bias)
-    assert taken == ["linear"] and type(out.grad_fn).__name__ == "_LinearBackward"
+    assert taken == ["_linear"] and type(out.grad_fn).__name__ == "_LinearBackward"
     assert relative_error(out, expected) < 1e-5
     grad = torch.randn_like(out)
     for one, other in zip(
@@ -54,7 +54,7 @@ def test_values_and_gradients_are_those_of_a_plain_layer(tokens, with_bias, weig
 def test_the_other_way_round(weight, taken, device):
     x = torch.randn(3, 24, device=device, requires_grad=True)
     out, expected = x @ weight, x @ weight.dequantize()
-    assert taken == ["linear_transposed"]
+    assert taken == ["_transposed"]
     assert relative_error(out, expected) < 1e-5
     grad = torch.randn_like(out)
     (one,), (other,) = torch.autograd.grad(out, x, grad), torch.autograd.grad(expected, x, grad)
@@ -94,19 +94,19 @@ def test_what_is_traced_or_transformed_goes_through_the_dispatcher(way, weight, 
     elif way == "vmapped":
         parts = (weight.qdata, weight.absmax, weight.code)
         assert not torch.func.vmap(
-            lambda one: torch.tensor(direct.possible(one, parts[0], None, 96)).expand(1)
+            lambda one: torch.tensor(direct._straight(one, parts[0], None, 96)).expand(1)
         )(x).any()
     else:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with FakeTensorMode(allow_non_fake_inputs=True):
-            assert not direct.possible(x, weight.qdata, None, 96)
+            assert not direct._straight(x, weight.qdata, None, 96)
     assert not taken
 
 
 def test_wrong_shapes_and_types_are_left_to_the_checks(weight, device):
     for x in (torch.randn(2, 95, device=device), torch.tensor(1.0, device=device)):
-        assert not direct.possible(x, weight.qdata, None, 96)
+        assert not direct._straight(x, weight.qdata, None, 96)
         with pytest.raises(ValueError, match="last dimension of the input"):
             F.linear(x, weight)
     with pytest.raises(ValueError, match="shape of bias"):

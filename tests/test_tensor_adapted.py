@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import octavo
-from octavo.tensor_adapted import Adapted
+from octavo.tensor import Adapted
 
 from .conftest import relative_error
 

@@ -1,6 +1,6 @@
 """What goes into each matrix of a model while it runs: sums of x xᵀ over tokens.
 
-Products are observed where they happen, by function, as `octavo.tensor_functions` catches them: any module that says
+Products are observed where they happen, by function, as `octavo.tensor.products` catches them: any module that says
 `F.linear(x, self.weight)`, or multiplies by a transposed weight as `Conv1D` does, is seen, whatever its class.
 Matrices that are given the same tensor (queries, keys and values) share one sum.
 

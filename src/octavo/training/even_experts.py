@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..tensor import OctavoTensor
-from ..tensor_adapted import Adapted
+from ..tensor import Adapted, OctavoTensor
 
 NAME = "octavo_even"
 

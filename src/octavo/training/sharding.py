@@ -5,7 +5,7 @@ accelerators only (on CPUs it silently runs DDP), and would shard the adapters t
 on every device:
 
 - `fully_shard` (torch) cuts the frozen parameters of each layer, and those outside the layers. A layer's bytes are gathered
-  before it runs and freed after it (`octavo.integrations.distributed`).
+  before it runs and freed after it (`octavo.tensor.gathering`).
 - The adapters, less than a hundredth of the bytes, are left out of that: DDP averages their gradients. So the optimizer, the
   checkpoints, `--resume` and the saved adapter are those of a run without FSDP.
 

@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 import torch
 
-from . import ops
-from .tensor import OctavoTensor, count_fallback
-from .tensor_dispatch import alias, aten, called_by_fsdp, each, handles, like
+from .. import ops
+from .copies import alias
+from .gathering import called_by_fsdp
+from .octavo_tensor import OctavoTensor, aten, count_fallback, each, handles, like
 
 
 def _swap_last(weight: OctavoTensor, first: int, second: int) -> bool:

@@ -8,9 +8,11 @@ It has the shape, device and computing type of that weight and holds three plain
 
 `transposed` says that the weight is the transpose of what is stored (`Conv1D`, some experts), so that rows stay outputs.
 
-How an operation reaches the kernels: `octavo.tensor_functions` catches the hot ones (`F.linear`, `F.embedding`, matrix products)
-by function; `octavo.tensor_dispatch` gives what a tensor needs to live in PyTorch (detach, `.to()`, slices, copies, in-place
-changes). Any other operation de-quantizes first and runs as usual; each such fall-back is counted by name.
+How an operation reaches the kernels: by one of two tables, which the other modules of this package fill by `handles`. `FUNCTIONS`
+catches the hot ones (`F.linear`, `F.embedding`, matrix products) by function of torch, before autograd; `OPERATIONS` has one
+handler for each low-level (aten) operation that keeps a weight in 8 bits. A handler that finds arguments it has no path for
+returns NotImplemented. What neither table serves de-quantizes first and runs as usual (`fall_back`); each such fall-back is
+counted by name.
 
 Views run along stored rows (or whole blocks of them) and share storage. Any other view (`weight[:, 3:9]`,
 `weight.diagonal()`, `weight.view(-1, 2 * K)`) is a float copy: reading it is right, but a change made in it does not reach
@@ -27,14 +29,20 @@ Example:
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from . import ops
-from .config import OctavoConfig
-from .quantizer import Packed, quantize_parameter
+from .. import ops
+from ..codebook import fit
+from ..config import OctavoConfig
+from ..quantizer import Packed, quantize_parameter
+from . import stored
+from .gathering import Gathers
 
+aten = torch.ops.aten
 SUFFIXES = ("qdata", "absmax", "code")
 
 FROZEN = (
@@ -42,7 +50,28 @@ FROZEN = (
     "get_peft_model(model, LoraConfig(target_modules='all-linear'))), or leave this weight in float with skip=[pattern]"
 )
 
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+OPERATIONS: dict[Any, Callable[..., Any]] = {}
+
 _fallbacks: Counter[str] = Counter()
+
+
+def handles(
+    *operations: Any, functions: dict[Any, Callable[..., Any]] = FUNCTIONS
+) -> Callable[[Callable], Callable]:
+    """Register a handler for functions of torch and for aten operations; None stands for one that this torch has not.
+
+    Handlers name their parameters as the functions of torch do, because users may pass them by name.
+    """
+
+    def register(handler: Callable) -> Callable:
+        for operation in operations:
+            table = OPERATIONS if isinstance(operation, torch._ops.OpOverload) else functions
+            table[operation] = handler
+        table.pop(None, None)
+        return handler
+
+    return register
 
 
 def fallbacks() -> dict[str, int]:
@@ -59,7 +88,7 @@ def count_fallback(name: str) -> None:
     _fallbacks[name] += 1
 
 
-class OctavoTensor(torch.Tensor):
+class OctavoTensor(Gathers, torch.Tensor):
     """A frozen matrix, or stack of matrices, stored in 8 bits.
 
     Attributes:
@@ -97,30 +126,13 @@ class OctavoTensor(torch.Tensor):
         if transposed:
             # Contiguous, as the weight is that it stands for (FSDP2 takes no other): strides of floats that do not exist.
             shape = (*shape[:-2], shape[-1], shape[-2])
-            strides = _contiguous_strides(shape)
-        return torch.Tensor._make_wrapper_subclass(
+            strides = stored.contiguous_strides(shape)
+        weight = torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=dtype, device=qdata.device, requires_grad=False
         )
-
-    def __init__(
-        self,
-        qdata,
-        absmax=None,
-        code=None,
-        block_size=None,
-        dtype=torch.float32,
-        transposed=False,
-        codebook="fitted",
-        requires_grad=False,
-    ):
-        if isinstance(qdata, OctavoTensor):
-            return
-        self.qdata = qdata
-        self.absmax = absmax
-        self.code = code
-        self.block_size = block_size
-        self.transposed = transposed
-        self.codebook = codebook
+        weight.qdata, weight.absmax, weight.code = qdata, absmax, code
+        weight.block_size, weight.transposed, weight.codebook = block_size, transposed, codebook
+        return weight
 
     @classmethod
     def from_float(
@@ -170,7 +182,7 @@ class OctavoTensor(torch.Tensor):
         dtype = dtype or self.dtype
         # The kernels know the computing types; any other (float64, integers) is cast from float32.
         computed = dtype if dtype in ops.schema.COMPUTING_TYPES else torch.float32
-        dense = _dequantize_stored(self.qdata, self.absmax, self.code, self.block_size, computed)
+        dense = stored.dequantize(self.qdata, self.absmax, self.code, self.block_size, computed)
         dense = dense.to(dtype)
         return dense.mT if self.transposed else dense
 
@@ -200,24 +212,22 @@ class OctavoTensor(torch.Tensor):
         Raises:
             ValueError: if values holds NaN, infinity, or more than float16 scales can hold; nothing is changed.
         """
-        from .codebook import fit
-
         if values.shape != self.shape:
             raise ValueError(
                 f"a weight in 8 bits cannot change its shape in place: expected {tuple(self.shape)}, found "
                 f"{tuple(values.shape)}"
             )
-        stored = (values.detach().mT if self.transposed else values.detach()).to(self.device)
-        if not stored.numel() or self.qdata.is_meta:
+        rows = (values.detach().mT if self.transposed else values.detach()).to(self.device)
+        if not rows.numel() or self.qdata.is_meta:
             return self
-        if not torch.isfinite(stored).all():
+        if not torch.isfinite(rows).all():
             raise ValueError("an in-place change gave NaN or infinity: the 8-bit weight keeps its old values")
-        if self.absmax.dtype == torch.float16 and stored.abs().max() > ops.HALF_LARGEST:
+        if self.absmax.dtype == torch.float16 and rows.abs().max() > ops.HALF_LARGEST:
             raise ValueError(
                 f"an in-place change gave values beyond {ops.HALF_LARGEST:g}, which this weight's float16 scales cannot "
                 "hold; quantize it with scales='float32'"
             )
-        for values, qdata, absmax, code in _matrices(stored, self.qdata, self.absmax, self.code):
+        for values, qdata, absmax, code in stored.matrices(rows, self.qdata, self.absmax, self.code):
             if self.codebook == "fitted":
                 code.copy_(fit(values, self.block_size, absmax.dtype))
             new_qdata, new_absmax = ops.quantize(values, code, self.block_size, absmax.dtype)
@@ -267,57 +277,100 @@ class OctavoTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return tensor_functions.call(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        handler = FUNCTIONS.get(func)
+        # `out=` is rare and wants its own checks: PyTorch's way has them.
+        if handler is not None and "out" not in kwargs:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return tensor_dispatch.dispatch(func, args, kwargs or {})
-
-    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
-        """What FSDP2 gathers of this shard; see `octavo.integrations.distributed`."""
-        from .integrations.distributed import gather_inputs
-
-        return gather_inputs(self, mesh, outer_size)
-
-    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
-        """The whole weight from the gathered parts."""
-        from .integrations.distributed import gathered_weight
-
-        return gathered_weight(outputs, metadata, param_dtype, out)
+        if func.is_view and torch.is_inference_mode_enabled():
+            # PyTorch gives a view its base's version counter, which tensors made in this mode cannot have.
+            with torch.inference_mode(False), torch.no_grad():
+                return _operate(func, args, kwargs or {})
+        return _operate(func, args, kwargs or {})
 
 
-def _contiguous_strides(shape) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
+def _operate(func, args, kwargs):
+    handler = OPERATIONS.get(func)
+    if handler is not None:
+        result = handler(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    # In that mode operations arrive as well that PyTorch itself takes apart otherwise, and of which nothing may be left then:
+    # `weight.to(its own type)`.
+    result = func.decompose(*args, **kwargs)
+    return fall_back(func, args, kwargs) if result is NotImplemented else result
 
 
-def _matrices(values, qdata, absmax, code):
-    """The matrices of stored parts of any rank, as tuples of views (values, qdata, absmax, code)."""
-    if qdata.dim() == 1:
-        values, qdata, absmax = values[None], qdata[None], absmax[None]
-    if qdata.dim() == 2:
-        yield values, qdata, absmax, code
-        return
-    for index in range(qdata.shape[0]):
-        yield from _matrices(
-            values[index], qdata[index], absmax[index], code if code.dim() == 1 else code[index]
-        )
+POINTWISE_IN_PLACE = {
+    aten.add_.Tensor,
+    aten.add_.Scalar,
+    aten.sub_.Tensor,
+    aten.sub_.Scalar,
+    aten.mul_.Tensor,
+    aten.mul_.Scalar,
+    aten.div_.Tensor,
+    aten.div_.Scalar,
+}
 
 
-def _dequantize_stored(qdata, absmax, code, block_size, dtype) -> torch.Tensor:
-    """De-quantize stored parts of any rank; one codebook for each leading index that `code` has."""
-    columns, blocks = qdata.shape[-1], absmax.shape[-1]
-    if code.dim() == 1:
-        flat = ops.dequantize(qdata.reshape(-1, columns), absmax.reshape(-1, blocks), code, block_size, dtype)
-        return flat.view(qdata.shape)
-    parts = [
-        _dequantize_stored(qdata[index], absmax[index], code[index], block_size, dtype)
-        for index in range(qdata.shape[0])
-    ]
-    return torch.stack(parts) if parts else torch.empty(qdata.shape, dtype=dtype, device=qdata.device)
+def _wider(own: torch.dtype, at_least: torch.dtype | None) -> torch.dtype:
+    return own if at_least is None else torch.promote_types(own, at_least)
+
+
+def fall_back(func, args, kwargs):
+    """De-quantize every OctavoTensor among the arguments and run `func`; write back what it changed in place."""
+    count_fallback(str(func))
+    changed: list[tuple[OctavoTensor, torch.Tensor]] = []
+    # A change computed in 16 bits would round every weight once more.
+    dtype = torch.float32 if func in POINTWISE_IN_PLACE else None
+    if func._schema.is_mutable:
+        args, kwargs = list(args), dict(kwargs)
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            place, key = (kwargs, argument.name) if argument.name in kwargs else (args, position)
+            value = place[key] if key in kwargs or position < len(args) else None
+            if isinstance(value, OctavoTensor):
+                dense = value.dequantize(_wider(value.dtype, dtype))
+                changed.append((value, dense))
+                place[key] = dense
+            elif isinstance(value, (list, tuple)) and any(isinstance(item, OctavoTensor) for item in value):
+                dense_items = [
+                    item.dequantize() if isinstance(item, OctavoTensor) else item for item in value
+                ]
+                pairs = zip(value, dense_items, strict=True)
+                changed.extend((item, dense) for item, dense in pairs if isinstance(item, OctavoTensor))
+                place[key] = dense_items
+    args, kwargs = tree_map_only(OctavoTensor, OctavoTensor.dequantize, (tuple(args), dict(kwargs)))
+    result = func(*args, **kwargs)
+    for weight, dense in changed:
+        weight.rewrite_(dense)
+        if result is dense:
+            result = weight
+    return result
+
+
+def like(weight: OctavoTensor, qdata, absmax, code=None, **changes) -> OctavoTensor:
+    """A tensor with other parts and the same properties, save for those named in `changes`."""
+    properties = {
+        "block_size": weight.block_size,
+        "dtype": weight.dtype,
+        "transposed": weight.transposed,
+        "codebook": weight.codebook,
+    }
+    return OctavoTensor(qdata, absmax, weight.code if code is None else code, **{**properties, **changes})
+
+
+def each(weight: OctavoTensor, function: Callable[[torch.Tensor], torch.Tensor], **changes) -> OctavoTensor:
+    """`function` applied to each stored tensor."""
+    return like(weight, function(weight.qdata), function(weight.absmax), function(weight.code), **changes)
 
 
 def pack(name: str, weight: OctavoTensor) -> dict[str, torch.Tensor]:
@@ -325,7 +378,6 @@ def pack(name: str, weight: OctavoTensor) -> dict[str, torch.Tensor]:
     return {f"{name}_{suffix}": getattr(weight, suffix).contiguous() for suffix in SUFFIXES}
 
 
+# The name that pickles know it by, wherever in the package it lives; those that torch loads with `weights_only=True` as well.
+OctavoTensor.__module__ = "octavo.tensor"
 torch.serialization.add_safe_globals([OctavoTensor])
-
-# They import this module in turn, so they come last. (An import statement in the methods above would cost 0.4 µs a call.)
-from . import tensor_dispatch, tensor_functions  # noqa: E402

@@ -17,6 +17,7 @@ Example:
     ('Adapted', torch.Size([5, 32]))
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
-from .tensor import OctavoTensor, count_fallback
+from . import products
+from .octavo_tensor import OctavoTensor, count_fallback, handles
 
+# Handlers of functions that are given an `Adapted`.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+handles_adapted = functools.partial(handles, functions=FUNCTIONS)
 # What does not look at values.
 METADATA = {
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
@@ -113,15 +117,17 @@ def adapted(weight: OctavoTensor, left: Any, right: Any, scaling: float) -> Any:
     return Adapted(weight, left, right, float(scaling))
 
 
-def handles(*functions) -> Callable[[Callable], Callable]:
-    def register(handler: Callable) -> Callable:
-        FUNCTIONS.update((function, handler) for function in functions if function is not None)
-        return handler
+@handles(torch.baddbmm, torch.Tensor.baddbmm)
+def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
+    if products.is_stack(input) and beta == 1:
+        return adapted(input, batch1, batch2, alpha)
+    if beta != 1 or alpha != 1 or isinstance(input, OctavoTensor):
+        return NotImplemented
+    out = products.bmm(batch1, batch2)
+    return out if out is NotImplemented else out + input.to(out.dtype)
 
-    return register
 
-
-@handles(torch.Tensor.__getitem__)
+@handles_adapted(torch.Tensor.__getitem__)
 def pick(stack, index):
     """One expert, or several by their numbers."""
     if not isinstance(stack, Adapted) or stack.dim() != 3 or isinstance(index, (tuple, list, slice, bool)):
@@ -137,14 +143,14 @@ def pick(stack, index):
     return Adapted(weight, stack.left[index], stack.right[index], stack.scaling)
 
 
-@handles(torch.Tensor.transpose, torch.transpose)
+@handles_adapted(torch.Tensor.transpose, torch.transpose)
 def transpose(stack, dim0, dim1):
     if {dim0 % stack.dim(), dim1 % stack.dim()} != {stack.dim() - 1, stack.dim() - 2}:
         return NotImplemented
     return _flipped(stack)
 
 
-@handles(torch.Tensor.mT.__get__, torch.Tensor.T.__get__, torch.Tensor.t, torch.t)  # type: ignore[attr-defined]
+@handles_adapted(torch.Tensor.mT.__get__, torch.Tensor.T.__get__, torch.Tensor.t, torch.t)  # type: ignore[attr-defined]
 def flip(stack):
     return _flipped(stack)
 
@@ -155,7 +161,7 @@ def _flipped(stack: Adapted) -> Any:
     return Adapted(weight, stack.right.mT, stack.left.mT, stack.scaling)
 
 
-@handles(F.linear)
+@handles_adapted(F.linear)
 def linear(input, weight, bias=None):
     if not isinstance(weight, Adapted) or weight.dim() != 2:
         return NotImplemented
@@ -164,7 +170,7 @@ def linear(input, weight, bias=None):
     return F.linear(input, weight.weight, bias) + weight.scaling * change
 
 
-@handles(
+@handles_adapted(
     torch.matmul,
     torch.Tensor.matmul,
     torch.Tensor.__matmul__,
@@ -186,16 +192,14 @@ def matmul(input, other):
     return stack.weight @ other + stack.scaling * (stack.left @ (stack.right @ other))
 
 
-@handles(getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
+@handles_adapted(getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
 def grouped_mm(mat_a, mat_b, offs=None, **options):
-    """Tokens sorted by expert, each group times its expert (see `octavo.tensor_functions`)."""
+    """Tokens sorted by expert, each group times its expert (see `products`)."""
     if not isinstance(mat_b, Adapted) or isinstance(mat_a, Adapted) or mat_b.dim() != 3 or offs is None:
         return NotImplemented
     if mat_a.dim() != 2 or any(value is not None for value in options.values()):
         return NotImplemented
-    from .tensor_functions import grouped_mm as product
-
-    out = product(mat_a, mat_b.weight, offs=offs)
+    out = products.grouped_mm(mat_a, mat_b.weight, offs=offs)
     if out is NotImplemented:
         return out
     mat_b.check()

@@ -1,17 +1,55 @@
-"""New tensors made after the model of an `OctavoTensor`: `weight.new_zeros(...)`, `torch.empty_like(weight)`.
+"""Aliases and copies of an `OctavoTensor`, and new tensors made after its model: `.detach()`, `.to()`, `weight.new_zeros(...)`.
 
-They are plain floats (a cache, a state, an adapter), except for FSDP2, which asks for room for its shard of the weight.
+Aliases share storage; `.to()` moves bytes or changes the computing type and never requantizes. New tensors are plain floats
+(a cache, a state, an adapter), except for FSDP2, which asks for room for its shard of the weight.
 
 Example:
     >>> import torch, octavo
-    >>> type(octavo.OctavoTensor.from_float(torch.randn(16, 64)).new_zeros(3)).__name__
-    'Tensor'
+    >>> weight = octavo.OctavoTensor.from_float(torch.randn(16, 64))
+    >>> weight.to(torch.bfloat16).dtype, type(weight.new_zeros(3)).__name__
+    (torch.bfloat16, 'Tensor')
 """
+
+from collections.abc import Callable
 
 import torch
 
-from .tensor import OctavoTensor
-from .tensor_dispatch import aten, called_by_fsdp, handles, like
+from .gathering import called_by_fsdp
+from .octavo_tensor import OctavoTensor, aten, count_fallback, each, handles, like
+
+
+@handles(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+def alias(weight):
+    return like(weight, weight.qdata, weight.absmax)
+
+
+@handles(aten.clone.default)
+def clone(weight, *, memory_format=None):
+    return each(weight, torch.clone)
+
+
+@handles(aten._to_copy.default)
+def to_copy(
+    weight, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None
+):
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    # A device moves the bytes; a type only changes what is computed in. Scales and codes keep theirs.
+    return each(
+        weight,
+        lambda part: part.to(device=device, non_blocking=non_blocking, copy=True),
+        dtype=dtype or weight.dtype,
+    )
+
+
+@handles(aten._pin_memory.default)
+def pin_memory(weight, device=None):
+    return each(weight, torch.Tensor.pin_memory)
+
+
+@handles(aten.is_pinned.default)
+def is_pinned(weight, device=None):
+    return weight.qdata.is_pinned()
 
 
 def _room(weight: OctavoTensor, size, make: str, device):
@@ -76,3 +114,18 @@ def new_ones(weight, size, *, dtype=None, layout=None, device=None, pin_memory=N
 @handles(aten.new_full.default)
 def new_full(weight, size, fill_value, *, dtype=None, layout=None, device=None, pin_memory=None):
     return _plain(weight, size, "full", dtype, device, fill_value)
+
+
+def _on_floats(function: Callable) -> None:
+    """PyTorch refuses `function` to every tensor subclass; on the float values it means what it says."""
+
+    @handles(function)
+    def run(weight, *args, **kwargs):
+        if not isinstance(weight, OctavoTensor):
+            return NotImplemented
+        count_fallback(f"Tensor.{function.__name__}")
+        return function(weight.dequantize(), *args, **kwargs)
+
+
+for _function in (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__):
+    _on_floats(_function)
