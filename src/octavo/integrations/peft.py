@@ -11,6 +11,7 @@ Example:
     >>> add_published_adapters(model, {"transformer.h.0.attn.q_proj": (down, up)})  # doctest: +SKIP
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..checkpoint.adapters import lora_options
 from ..tensor import OctavoTensor
 
 ADAPTER_NAME = "published"
+LONGEST_REASON = 260
 
 
 def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
@@ -46,12 +48,40 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
     if not folder.exists() and (folder.is_absolute() or str(adapter).count("/") != 1):
         raise ValueError(f"{adapter}: no such folder, and not a hub id of the form organization/name")
     try:
-        wrapped: Any = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
-    except RuntimeError as error:
-        raise ValueError(f"{adapter}: the adapter is not of this model: {error}") from error
+        with warnings.catch_warnings():
+            # Of thousands of names; `_not_of_this_model` says it in one line.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            wrapped: Any = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
+            # PEFT loads what fits and keeps what did not to itself; asked again, it hands that over.
+            loaded = wrapped.load_adapter(str(adapter), name)
+    except KeyError as error:
+        raise _not_of_this_model(adapter, f"it holds no {error.args[0]}") from error
+    except (RuntimeError, ValueError) as error:
+        # The first of PEFT's lines is a heading, each that follows names a tensor.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise _not_of_this_model(adapter, (lines[1:] or lines or [type(error).__name__])[0]) from error
+    homeless = [key for key in loaded.unexpected_keys if "lora_" in key or "modules_to_save" in key]
+    if homeless or loaded.missing_keys:
+        place = (homeless or loaded.missing_keys)[0].removeprefix("base_model.model.").partition(".lora_")[0]
+        why = (
+            f"it changes {place}, which this model does not have"
+            if homeless
+            else f"it holds nothing for {place}"
+        )
+        raise _not_of_this_model(adapter, why)
     # What transformers' own functions for adapters ask for.
     model.peft_config = {name: wrapped.peft_config[name]}
     model._hf_peft_config_loaded = True
+
+
+def _not_of_this_model(adapter: str | Path, why: str) -> ValueError:
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    # PEFT's own messages may list every layer.
+    why = why if len(why) < LONGEST_REASON else f"{why[:LONGEST_REASON]} ..."
+    trained = f"; it was trained on {base}" if base else ""
+    return ValueError(f"{adapter}: the adapter is not of this model: {why}{trained}")
 
 
 def add_published_adapters(model: Any, adapters: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
