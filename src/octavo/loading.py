@@ -4,7 +4,7 @@
     a model quantized by Octavo                   as it is, bit for bit
     a plain model (safetensors, .bin)             quantized while loading, in the source's own precision
     a published 8-bit checkpoint                  its bytes as they are, its adapters (if any) as a PEFT adapter
-    a GGUF file                                   de-quantized and quantized, tensor by tensor
+    a GGUF file, FP8, MXFP4, int8                 de-quantized and quantized, tensor by tensor
 
 Example:
     >>> import octavo
@@ -71,7 +71,7 @@ def load(
         asked = _dtype(dtype)
         if asked is None:
             asked = computing_type(_own_dtype(source), device)
-        if source.kind in ("octavo", "safetensors", "bin"):
+        if source.native:
             model = _load_pretrained(source, asked, device, config or OctavoConfig())
         else:
             from .checkpoint.build import build_model
@@ -143,7 +143,7 @@ def _own_dtype(source: Any) -> torch.dtype:
     named = source.config.get("dtype") or source.config.get("torch_dtype")
     if named in DTYPES:
         return DTYPES[named]
-    floats = [info.dtype for info in source.tensors.values() if info.dtype in DTYPES.values()]
+    floats = [i.dtype for i in source.tensors.values() if i.dtype in DTYPES.values() and not i.stored]
     return floats[0] if floats else torch.float32
 
 

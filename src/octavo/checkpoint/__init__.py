@@ -10,8 +10,9 @@ Example:
 """
 
 from .errors import CheckpointError
+from .open import open_source
 from .result import ConvertResult
-from .source import Source, TensorInfo, open_source
+from .source import Source, TensorInfo
 from .stream import convert
 
 __all__ = ["CheckpointError", "ConvertResult", "Source", "TensorInfo", "convert", "open_source"]

@@ -1,5 +1,5 @@
-"""A model in memory from a checkpoint that transformers does not read as it is: published 8-bit ones, and
-GGUF files.
+"""A model in memory from a checkpoint that transformers does not read as it is: published 8-bit ones, those
+packed by other methods, and GGUF files.
 
 transformers' own `from_pretrained` builds the model; what it is given in place of a file is a dictionary of
 `Lazy` tensors under the names that an Octavo file would have, each read, and quantized if need be, when it is
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..config import OctavoConfig
-from ..model import plan_model
+from ..model import Plan, plan_model
 from ..quantizer import Packed, quantize_parameter
 from ..tensor import SUFFIXES
 from .skeleton import build_skeleton, model_class_of
@@ -28,12 +28,12 @@ from .source import Source
 from .units import Unit, plan_units
 
 
-def build_model(source: Source, config: OctavoConfig, dtype: torch.dtype, device: torch.device) -> Any:
+def build_model(source: Source, config: OctavoConfig | None, dtype: torch.dtype, device: torch.device) -> Any:
     """Build the model of a checkpoint on `device`, its matrices in 8 bits.
 
     Args:
         source: an open checkpoint; weights that it holds in 8 bits keep their bytes.
-        config: how the other matrices are quantized.
+        config: how the other matrices are quantized; None: nothing is, and the model is a float one.
         dtype: computing type, also that of the parameters that stay in float.
 
     Raises:
@@ -41,12 +41,12 @@ def build_model(source: Source, config: OctavoConfig, dtype: torch.dtype, device
         ValueError: on NaN or infinity in a weight, naming it.
     """
     model_config = source.model_config()
-    if source.kind == "published":
+    if source.kind == "published" and config is not None:
         config = OctavoConfig(codebook="dynamic", skip=config.skip)
     skeleton = build_skeleton(model_config)
-    plan = plan_model(skeleton, config)
+    plan = plan_model(skeleton, config) if config is not None else Plan()
     plan.check()
-    units, _ = plan_units(skeleton, source, config, plan)
+    units, _ = plan_units(skeleton, source, config or OctavoConfig(), plan)
     state: dict[str, Lazy] = {}
     for unit in units:
         reader = UnitReader(unit, source, skeleton)
@@ -56,7 +56,8 @@ def build_model(source: Source, config: OctavoConfig, dtype: torch.dtype, device
             else:
                 for index, suffix in enumerate(SUFFIXES):
                     state[f"{output.stored}_{suffix}"] = Lazy(partial(reader.part, output, index))
-    model_config.quantization_config = config.to_dict()
+    if config is not None:
+        model_config.quantization_config = config.to_dict()
     model = model_class_of(model_config).from_pretrained(
         None, config=model_config, state_dict=state, dtype=dtype, device_map={"": str(device)}
     )

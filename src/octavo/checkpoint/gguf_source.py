@@ -38,6 +38,7 @@ class GgufSource(Source):
     """
 
     kind = "gguf"
+    native = False
 
     def __init__(self, path: Path):
         super().__init__(path.parent, [path])

@@ -22,15 +22,13 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..config import OctavoConfig
 from ..quantizer import SHORTEST_REPEATED_BLOCK, Packed
 from .errors import CheckpointError
-from .source import Source, TensorInfo
+from .source import Source, SourceOver, TensorInfo
 
 BLOCK_SIZES = (4096, 2048, 1024, 512, 256, 128, 64)
 CODES = 256
@@ -54,7 +52,7 @@ def _is_quantized(tensors: Mapping[str, TensorInfo], name: str) -> bool:
     )
 
 
-class PublishedSource(Source):
+class PublishedSource(SourceOver):
     """A published 8-bit checkpoint over the files of `inner`.
 
     `tensors` lists what the model has: `X.absmax`, `X.code` and adapters are folded into `X.weight` and
@@ -66,10 +64,10 @@ class PublishedSource(Source):
     """
 
     kind = "published"
+    native = False
 
     def __init__(self, inner: Source):
-        super().__init__(inner.folder, inner.files)
-        self._inner = inner
+        super().__init__(inner)
         tensors = inner.tensors
         for name in tensors:
             if _is_quantized(tensors, name):
@@ -86,7 +84,7 @@ class PublishedSource(Source):
             if name in self.quantized:
                 base = name.removesuffix(".weight")
                 nbytes = info.nbytes + tensors[f"{base}.absmax"].nbytes + tensors[f"{base}.code"].nbytes
-                info = TensorInfo(name, info.shape, info.dtype, nbytes, info.file)
+                info = TensorInfo(name, info.shape, torch.float32, nbytes, info.file, "8-bit")
             self.tensors[name] = info
         for base in bases:
             self._add_adapter(base)
@@ -112,9 +110,6 @@ class PublishedSource(Source):
                 f"{[rows, columns]}; expected [r, {columns}] and [{rows}, r]"
             )
         self.adapters[base] = (down, up)
-
-    def model_config(self) -> Any:
-        return self._inner.model_config()
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor; float32 and de-quantized for a quantized weight."""
@@ -180,15 +175,6 @@ class PublishedSource(Source):
                     f"{self.folder}: {base}.{part} holds NaN or infinity; the file is damaged"
                 )
         return self._inner.read(name), absmax, code
-
-    def release(self, name: str) -> None:
-        self._inner.release(name)
-
-    def auxiliary_files(self) -> list[Path]:
-        return self._inner.auxiliary_files()
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 def _is_mask(info: TensorInfo) -> bool:

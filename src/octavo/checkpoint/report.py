@@ -24,8 +24,9 @@ from ..model import plan_model
 from .encode import PANEL_WEIGHTS
 from .errors import CheckpointError
 from .names import map_names, model_names
+from .open import open_source
 from .skeleton import build_skeleton
-from .source import Source, open_source
+from .source import Source
 
 SUFFIXES = ("qdata", "absmax", "code")
 

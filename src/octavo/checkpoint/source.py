@@ -1,13 +1,6 @@
 """A checkpoint on disk, seen lazily: names, shapes and types first, data tensor by tensor.
 
-`open_source` recognizes what a folder, a file or a hub id holds:
-
-    kind           what it is                                                      read by
-    "safetensors"  one file, or shards with an index                               safetensors_source.py
-    "bin"          pytorch_model.bin: a pickle of tensors, one file or shards      bin_source.py
-    "published"    8-bit block-wise checkpoints (uint8 weight, absmax, code)       published.py
-    "gguf"         a llama.cpp file                                                gguf_source.py
-    "octavo"       what `octavo quantize` and `save_pretrained` write              safetensors_source.py
+`Source` is what every kind of checkpoint offers; `octavo.checkpoint.open` says which kinds there are.
 
 Example:
     >>> from octavo.checkpoint import open_source
@@ -28,7 +21,6 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
-from .locate import Location, locate
 
 # What a tokenizer, a generation or a processor may consist of, and the licence the weights came under.
 AUXILIARY_PATTERNS = (
@@ -57,10 +49,10 @@ class TensorInfo:
     Attributes:
         name: its name in the checkpoint.
         shape: as `read` returns it.
-        dtype: as stored (uint8 for the weights of a published 8-bit checkpoint).
-        nbytes: bytes it takes in the file.
+        dtype: as `read` returns it.
+        nbytes: bytes it takes in the file, scales and tables included.
         file: name of the file that holds it.
-        stored: name of a type that torch does not have (GGUF's), else empty.
+        stored: name of the form that `read` de-quantizes; empty for a tensor that lies in the file as it is read.
     """
 
     name: str
@@ -75,7 +67,8 @@ class Source:
     """A lazily read checkpoint. Use as a context manager, or call `close`.
 
     Attributes:
-        kind: "safetensors", "bin", "published", "gguf" or "octavo".
+        kind: what it is, in a word (`octavo.checkpoint.open` lists them).
+        native: whether transformers' `from_pretrained` reads these files as they are.
         folder: the folder that holds it.
         files: the files that hold its weights.
         tensors: name → TensorInfo, in the order of the files.
@@ -85,6 +78,7 @@ class Source:
     """
 
     kind: str
+    native = True
 
     def __init__(self, folder: Path, files: list[Path]):
         self.folder = folder
@@ -178,6 +172,29 @@ class Source:
         self.close()
 
 
+class SourceOver(Source):
+    """A checkpoint seen through another form of its own files: `inner` reads them."""
+
+    def __init__(self, inner: Source):
+        super().__init__(inner.folder, inner.files)
+        self._inner = inner
+
+    def model_config(self) -> Any:
+        return self._inner.model_config()
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._inner.read(name)
+
+    def release(self, name: str) -> None:
+        self._inner.release(name)
+
+    def auxiliary_files(self) -> list[Path]:
+        return self._inner.auxiliary_files()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, as a dictionary. Raises CheckpointError if it is missing or malformed."""
     path = folder / "config.json"
@@ -192,55 +209,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
-
-
-def open_source(src: str | Path, *, revision: str | None = None) -> Source:
-    """Open a checkpoint for lazy reading.
-
-    Args:
-        src: a folder; a .safetensors, .bin or .gguf file; a hub id ("org/name", or "org/name/file.gguf").
-        revision: branch, tag or commit of a hub id.
-
-    Raises:
-        CheckpointError: if nothing is found there, files are missing, damaged or dangerous, or the weights
-            are quantized by something else than Octavo.
-    """
-    location = locate(src, revision)
-    if location.format == "gguf":
-        from .gguf_source import GgufSource
-
-        return GgufSource(location.files[0])
-    kind = _quantization_kind(location)
-    if location.format == "safetensors":
-        from .safetensors_source import SafetensorsSource
-
-        source: Source = SafetensorsSource(location.folder, location.files, location.index)
-    else:
-        from .bin_source import BinSource
-
-        source = BinSource(location.folder, location.files, location.index)
-    if kind == "octavo":
-        source.kind = kind
-        return source
-    from .published import PublishedSource, is_published
-
-    return PublishedSource(source) if is_published(source.tensors) else source
-
-
-def _quantization_kind(location: Location) -> str | None:
-    """ "octavo", None for plain weights; an error for weights packed by something else."""
-    if not (location.folder / "config.json").exists():
-        return None
-    packed = read_config(location.folder).get("quantization_config")
-    if not packed:
-        return None
-    method = packed.get("quant_method") if isinstance(packed, dict) else packed
-    if method == "octavo":
-        return "octavo"
-    raise CheckpointError(
-        f"{location.folder}: its weights are quantized already (quant_method {method!r}); "
-        "give the original 16-bit or 32-bit checkpoint"
-    )
 
 
 def _first_line(error: BaseException) -> str:

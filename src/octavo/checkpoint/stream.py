@@ -36,12 +36,13 @@ from .errors import CheckpointError
 from .journal import NAME as JOURNAL_NAME
 from .journal import InUseError, Journal
 from .locate import SAFETENSORS_INDEX
+from .open import open_source
 from .place import check_out, fingerprint, publish
 from .result import ConvertResult
 from .safetensors_source import DTYPE_NAMES, DTYPES
 from .shards import ShardFile, header_room, plan_shards, shard_names
 from .skeleton import build_skeleton
-from .source import Source, open_source
+from .source import Source
 from .units import Unit, UntiedError, plan_units
 
 if TYPE_CHECKING:
@@ -337,7 +338,9 @@ class _Conversion:
     def _float_type(self) -> str:
         """The type most of the source's float tensors have."""
         kinds = Counter(
-            str(info.dtype) for info in self.source.tensors.values() if info.dtype.is_floating_point
+            str(info.dtype)
+            for info in self.source.tensors.values()
+            if info.dtype.is_floating_point and not info.stored
         )
         return kinds.most_common(1)[0][0] if kinds else "float32"
 

@@ -159,6 +159,8 @@ def plan_units(
             if target == "":
                 continue
             output = Output(target, name, shape, _float_dtype(source, group), entries.get(target))
+            if target in parameters:
+                _require_float(output, source, group)
             output.check = target in parameters and target not in plan.skipped
             if output.entry is not None:
                 output.config = config
@@ -192,8 +194,16 @@ def _keep_published(output: Output, group: Group, source: Any) -> None:
 
 
 def _float_dtype(source: Source, group: Group) -> torch.dtype:
-    name = group.source_names[0]
-    return torch.float32 if name in source.quantized else source.tensors[name].dtype
+    return source.tensors[group.source_names[0]].dtype
+
+
+def _require_float(output: Output, source: Source, group: Group) -> None:
+    """A parameter of an integer or 8-bit type is packed by something, whatever its name."""
+    if not output.dtype.is_floating_point or output.dtype.itemsize < 2:
+        raise CheckpointError(
+            f"{source.folder}: {group.source_names[0]}: expected a weight of 16, 32 or 64 bits, found {output.dtype}: its "
+            "weights are quantized already, by a method that is not recognized; give the original checkpoint"
+        )
 
 
 def _canonical_names(

@@ -41,6 +41,7 @@ def load_as_it_is(
         ValueError: on an unknown type or device.
     """
     from ..checkpoint import open_source
+    from ..checkpoint.build import build_model
     from ..checkpoint.skeleton import model_class_of
     from ..loading import _dtype, _own_dtype, computing_type, load
 
@@ -52,6 +53,8 @@ def load_as_it_is(
                     f"device {place}: this torch finds no GPU; leave --device out to use the CPU"
                 )
             asked = _dtype(dtype) or computing_type(_own_dtype(source), place)
+            if source.kind == "packed":
+                return build_model(source, None, asked, place).eval()
             options = {"gguf_file": source.files[0].name} if source.kind == "gguf" else {}
             model = model_class_of(source.model_config()).from_pretrained(
                 str(source.folder), dtype=asked, device_map={"": str(place)}, **options

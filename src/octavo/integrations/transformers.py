@@ -21,6 +21,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..checkpoint.open import require_plain
 from ..config import OctavoConfig as PlainConfig
 from ..config import stored_block_size
 from ..model import Entry, Plan, dequantize_model, plan_model
@@ -103,7 +104,9 @@ class OctavoHfQuantizer(HfQuantizer):
         self._read_in_float32: set[str] = set()
         self._errors: list[str] = []
 
-    def _process_model_before_weight_loading(self, model, dtype=None, device_map=None, **kwargs):
+    def _process_model_before_weight_loading(
+        self, model, dtype=None, device_map=None, checkpoint_files=None, **kwargs
+    ):
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "device_map: 8-bit weights cannot be offloaded to disk; place those modules on 'cpu' instead (expected "
@@ -114,6 +117,7 @@ class OctavoHfQuantizer(HfQuantizer):
         within = prefix if self.pre_quantized and not hasattr(model, prefix) else ""
         self.plan = plan_model(model, self.quantization_config, within=within, strict=not self.pre_quantized)
         if not self.pre_quantized:
+            require_plain(checkpoint_files or ())
             self.plan.check()
         names = self.plan.names
         self.dtype = dtype or torch.get_default_dtype()
