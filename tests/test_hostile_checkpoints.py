@@ -231,13 +231,13 @@ def test_disk_that_fills_up_for_real(tmp_path):
         pytest.skip("needs the right to mount a tmpfs")
     try:
         save("llama", tmp_path / "plain")
-        import octavo.checkpoint.stream as stream
+        from octavo.checkpoint import write
 
-        aside, stream.ASIDE_BYTES = stream.ASIDE_BYTES, -(10**9)
+        aside, write.ASIDE_BYTES = write.ASIDE_BYTES, -(10**9)
         try:
             fails(tmp_path / "plain", small / "out", "disk is full")
         finally:
-            stream.ASIDE_BYTES = aside
+            write.ASIDE_BYTES = aside
         fails(tmp_path / "plain", small / "out", r"disk is full: .* more are needed, .* are free")
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -286,7 +286,7 @@ def test_parts_that_do_not_belong_together(plain, tmp_path):
             report(tmp_path / "out")
     stored.pop(f"{name}_code")
     save_file(stored, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"without {name}_code"):
+    with pytest.raises(CheckpointError, match=f"lacks {name}_code"):
         report(tmp_path / "out")
 
 

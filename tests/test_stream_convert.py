@@ -187,9 +187,9 @@ class Interrupted(Exception):
 
 def interrupt_after(count, monkeypatch, error):
     """Make the `count`-th unit fail with `error`, once."""
-    from octavo.checkpoint import stream
+    from octavo.checkpoint import write
 
-    original, calls = stream.write_unit, []
+    original, calls = write.write_unit, []
 
     def failing(*args):
         calls.append(None)
@@ -197,14 +197,14 @@ def interrupt_after(count, monkeypatch, error):
             raise error
         return original(*args)
 
-    monkeypatch.setattr(stream, "write_unit", failing)
+    monkeypatch.setattr(write, "write_unit", failing)
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 15])
 def test_interrupted_conversion_goes_on_to_the_same_bytes(count, tmp_path, monkeypatch):
-    from octavo.checkpoint import stream
+    from octavo.checkpoint import write
 
-    monkeypatch.setattr(stream, "SYNC_EVERY", 1)
+    monkeypatch.setattr(write, "SYNC_EVERY", 1)
     save("llama", tmp_path / "plain")
     options = {"max_shard_size": 60_000}
     convert(tmp_path / "plain", tmp_path / "whole", **options)
@@ -220,9 +220,9 @@ def test_interrupted_conversion_goes_on_to_the_same_bytes(count, tmp_path, monke
 
 
 def test_journal_cut_in_half_is_repaired(tmp_path, monkeypatch):
-    from octavo.checkpoint import stream
+    from octavo.checkpoint import write
 
-    monkeypatch.setattr(stream, "SYNC_EVERY", 1)
+    monkeypatch.setattr(write, "SYNC_EVERY", 1)
     save("llama", tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "whole")
     with monkeypatch.context() as patched:
@@ -242,7 +242,7 @@ def test_kill_9_then_again(tmp_path):
     build(config).save_pretrained(tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "whole")
     code = (
-        "import sys; from octavo.checkpoint import convert, stream; stream.SYNC_EVERY = 1;"
+        "import sys; from octavo.checkpoint import convert, write; write.SYNC_EVERY = 1;"
         "convert(sys.argv[1], sys.argv[2])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "plain"), str(tmp_path / "out")]
@@ -262,18 +262,18 @@ def test_kill_9_then_again(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path, monkeypatch):
-    from octavo.checkpoint import stream
+    from octavo.checkpoint import write
 
     save("llama", tmp_path / "plain")
-    original = stream.write_unit
+    original = write.write_unit
 
     def meanwhile(*args):
         with pytest.raises(CheckpointError, match="another process"):
             convert(tmp_path / "plain", tmp_path / "out", overwrite=True)
-        monkeypatch.setattr(stream, "write_unit", original)
+        monkeypatch.setattr(write, "write_unit", original)
         return original(*args)
 
-    monkeypatch.setattr(stream, "write_unit", meanwhile)
+    monkeypatch.setattr(write, "write_unit", meanwhile)
     convert(tmp_path / "plain", tmp_path / "out")
 
 

@@ -1,6 +1,12 @@
 """octavo merge: files in, files out, against PEFT's own merge in memory."""
 
+import errno
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import octavo
-from octavo.checkpoint import convert
+from octavo.checkpoint import CheckpointError, convert
+from octavo.checkpoint.write import CheckpointWriter
 from octavo.training.merge import merge
 
 from .conftest import relative_error
+from .test_stream_convert import digest
 from .training_models import (
     ARCHITECTURES,
     gpt2,
@@ -26,6 +34,7 @@ from .training_models import (
 
 peft = pytest.importorskip("peft")
 
+PARTS = ("_qdata", "norm.weight")
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(5))
 
 
@@ -177,10 +186,112 @@ def test_experts_are_peft_s_own_merge_of_the_plain_weights(case, to, tmp_path):
     assert relative_error(logits(again), expected) < 0.03
 
 
-def test_stacks_that_the_files_hold_in_parts_are_named(tmp_path):
-    saved(mixtral, tmp_path, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    with pytest.raises(ValueError, match=r"mlp.experts.down_proj, which these files hold under other names"):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+@pytest.mark.filterwarnings("ignore")
+def test_stacks_under_other_names_in_the_files(tmp_path):
+    """transformers' save_pretrained writes Mixtral's experts under the names of the published checkpoints."""
+    names = ["mlp.experts.down_proj"]
+    saved(mixtral, tmp_path, target_modules=["q_proj"], target_parameters=names)
+    assert not any(".mlp." in name for name in load_file(tmp_path / "base" / "model.safetensors"))
+    base = plain_twin(octavo.load(tmp_path / "base", dtype="float32", device="cpu"))
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert "model.layers.0.mlp.experts.down_proj" in result.changed
+    again = octavo.load(tmp_path / "out", dtype="float32", device="cpu")
+    for name in result.changed:
+        assert relative_error(again.get_parameter(name).dequantize(), merged.get_parameter(name)) < 0.008
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A base and an adapter large enough to be caught in the middle, and what an undisturbed merge gives."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
+    saved(
+        lambda: LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)), tmp_path, target_modules="all-linear"
+    )
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "whole")
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_merge_goes_on_to_the_same_bytes(wide):
+    """SIGKILL in the middle, again and again, until one run ends by itself: nothing appears under OUT before."""
+    base, adapter, out = (str(wide / name) for name in ("base", "adapter", "out"))
+    code = (
+        "import sys, time; from octavo.checkpoint import write; write.SYNC_EVERY = 1; unit = write.write_unit\n"
+        "def slow(*args):\n    time.sleep(0.02); return unit(*args)\n"
+        "write.write_unit = slow\n"
+        "from octavo.training.merge import merge; merge(*sys.argv[1:])"
+    )
+    journal = wide / "out.partial" / "octavo-journal.jsonl"
+    lines = []
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code, base, adapter, out])
+        known, deadline = (lines or [1])[-1], time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and journal.read_bytes().count(b"\n") > known + 3:
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not Path(out).exists()
+        lines.append(journal.read_bytes().count(b"\n"))
+    assert lines == sorted(set(lines))  # each run went on from the one before
+    result = merge(base, adapter, out)
+    assert digest(wide / "out") == digest(wide / "whole")
+    assert result.added_error == merge(base, adapter, wide / "again").added_error
+    assert not (wide / "out.partial").exists()
+
+
+def octavo_units(folder):
+    """Parameters of a folder, each of which is written at once."""
+    return {
+        name.removesuffix(s)
+        for name in load_file(folder / "model.safetensors")
+        for s in PARTS
+        if name.endswith(s)
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_merge_onto_a_full_disk_goes_on_when_there_is_room(wide, monkeypatch):
+    from octavo.checkpoint import write
+
+    monkeypatch.setattr(write, "SYNC_EVERY", 1)
+    original, calls = write.write_unit, []
+
+    def full(*args):
+        calls.append(None)
+        if len(calls) == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args)
+
+    monkeypatch.setattr(write, "write_unit", full)
+    with pytest.raises(CheckpointError, match=r"disk is full.*same command again"):
+        merge(wide / "base", wide / "adapter", wide / "out")
+    assert not (wide / "out").exists()
+    done = len(calls) - 1
+    merge(wide / "base", wide / "adapter", wide / "out")
+    again = len(calls) - done - 1
+    assert done == 8 and again == len(octavo_units(wide / "base")) - done
+    assert digest(wide / "out") == digest(wide / "whole")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_unfinished_work_of_another_adapter_is_not_gone_on_with(wide, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            CheckpointWriter, "_write_aside", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            merge(wide / "base", wide / "adapter", wide / "out")
+    config = json.loads((wide / "adapter" / "adapter_config.json").read_text())
+    (wide / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 80}))
+    with pytest.raises(CheckpointError, match=r"--overwrite"):
+        merge(wide / "base", wide / "adapter", wide / "out")
+    merge(wide / "base", wide / "adapter", wide / "out", overwrite=True)
+    assert digest(wide / "out") != digest(wide / "whole")
 
 
 def test_what_cannot_be_merged_is_named(tmp_path):
@@ -190,7 +301,7 @@ def test_what_cannot_be_merged_is_named(tmp_path):
         merge(base, adapter, out, "int4")
     with pytest.raises(ValueError, match=r"expected a PEFT adapter folder"):
         merge(base, base, out)
-    with pytest.raises(ValueError, match=r"base is not empty"):
+    with pytest.raises(ValueError, match=r"base holds the source itself"):
         merge(base, adapter, base)
     quantized(llama_tied).save_pretrained(tmp_path / "other")
     with pytest.raises(

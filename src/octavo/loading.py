@@ -28,7 +28,6 @@ VOCABULARIES = (
     "tekken.json",
     "tokenizer_config.json",
 )
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load(
@@ -66,11 +65,11 @@ def load(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device}: this torch finds no GPU; leave `device` out to use the CPU")
     with open_source(src, revision=revision) as source:
-        if config is not None and source.kind in ("octavo", "published"):
+        if config is not None and source.eight_bit:
             raise ValueError(f"{src} is quantized already: `config` cannot change how; leave it out")
         asked = _dtype(dtype)
         if asked is None:
-            asked = computing_type(_own_dtype(source), device)
+            asked = computing_type(source.dtype, device)
         if source.native:
             model = _load_pretrained(source, asked, device, config or OctavoConfig())
         else:
@@ -102,7 +101,7 @@ def load_tokenizer(src: str | Path, *, revision: str | None = None) -> Any:
     from .checkpoint import open_source
 
     with open_source(src, revision=revision) as source:
-        options = {"gguf_file": source.files[0].name} if source.kind == "gguf" else {}
+        options = source.pretrained_options
         # Where there are no files at all, transformers makes an empty tokenizer and says nothing.
         if not options and not any(list(source.folder.glob(name)) for name in VOCABULARIES):
             raise ValueError(
@@ -132,19 +131,12 @@ def computing_type(own: torch.dtype, device: torch.device) -> torch.dtype:
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
-    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
+    from .checkpoint.source import COMPUTING_TYPES
+
+    found = COMPUTING_TYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in COMPUTING_TYPES.values():
+        raise ValueError(f"dtype: expected one of {', '.join(COMPUTING_TYPES)}, found {dtype}")
     return found
-
-
-def _own_dtype(source: Any) -> torch.dtype:
-    """The type that the checkpoint says it computes in, else that of its first float tensor."""
-    named = source.config.get("dtype") or source.config.get("torch_dtype")
-    if named in DTYPES:
-        return DTYPES[named]
-    floats = [i.dtype for i in source.tensors.values() if i.dtype in DTYPES.values() and not i.stored]
-    return floats[0] if floats else torch.float32
 
 
 def _load_pretrained(source: Any, dtype: torch.dtype, device: torch.device, config: OctavoConfig) -> Any:
@@ -152,7 +144,7 @@ def _load_pretrained(source: Any, dtype: torch.dtype, device: torch.device, conf
     from .checkpoint.skeleton import model_class_of
 
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
-    if source.kind != "octavo":
+    if not source.eight_bit:
         options["quantization_config"] = config
     # The class alone would read config.json as its own configuration: EXAONE's, whose class is Llama's, as Llama's.
     model_config = source.model_config()

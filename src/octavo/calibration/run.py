@@ -77,7 +77,7 @@ class Calibration:
 
     def check(self, source: Any) -> None:
         """Raise ValueError if a checkpoint is of a kind that cannot be calibrated."""
-        if source.kind in ("published", "octavo"):
+        if source.eight_bit:
             raise ValueError(
                 f"{source.folder}: --calibrate needs the float checkpoint; this one is in 8 bits already"
             )
@@ -100,7 +100,7 @@ class Calibration:
         from ..loading import load, load_tokenizer
         from ..tensor import OctavoTensor
 
-        place = source.files[0] if source.kind == "gguf" else source.folder
+        place = source.place
         text_config = source.model_config().get_text_config()
         longest = min(WINDOW, getattr(text_config, "max_position_embeddings", None) or WINDOW)
         self.windows = read_windows(self.texts, load_tokenizer(place), self.tokens, longest)

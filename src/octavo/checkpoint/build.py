@@ -41,8 +41,8 @@ def build_model(source: Source, config: OctavoConfig | None, dtype: torch.dtype,
         ValueError: on NaN or infinity in a weight, naming it.
     """
     model_config = source.model_config()
-    if source.kind == "published" and config is not None:
-        config = OctavoConfig(codebook="dynamic", skip=config.skip)
+    if config is not None:
+        config = source.own_config(config)
     skeleton = build_skeleton(model_config)
     plan = plan_model(skeleton, config) if config is not None else Plan()
     plan.check()
@@ -61,7 +61,7 @@ def build_model(source: Source, config: OctavoConfig | None, dtype: torch.dtype,
     model = model_class_of(model_config).from_pretrained(
         None, config=model_config, state_dict=state, dtype=dtype, device_map={"": str(device)}
     )
-    if model.can_generate() and (source.folder / "generation_config.json").exists() and source.kind != "gguf":
+    if model.can_generate() and source.folder / "generation_config.json" in source.auxiliary_files():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(str(source.folder))

@@ -141,12 +141,20 @@ class GgufSource(Source):
             config["architectures"] = [model_class.__name__]
         return config
 
-    def transforms(self, config: Any) -> list[Any] | None:
+    @property
+    def place(self) -> Path:
+        return self.path
+
+    @property
+    def pretrained_options(self) -> dict[str, str]:
+        return {"gguf_file": self.path.name}
+
+    def transforms(self, model: Any) -> list[Any] | None:
         if not self._has_transforms():
             return []
         from transformers.integrations.gguf import get_gguf_conversion_mapping
 
-        return get_gguf_conversion_mapping(self.architecture, config)
+        return get_gguf_conversion_mapping(self.architecture, model.config)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in float32, de-quantized."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..model import holds_transpose
 from .errors import CheckpointError
 from .source import Source
 
@@ -111,7 +112,7 @@ def map_names(model: Any, source: Source) -> Names:
         rename_source_key,
     )
 
-    rules = source.transforms(model.config)
+    rules = source.transforms(model)
     if rules is None:
         rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -134,20 +135,6 @@ def map_names(model: Any, source: Source) -> Names:
     for group in groups.values():
         _complete(group, model, source, expected)
     return Names(list(groups.values()), _not_ignored(model, unexpected))
-
-
-def model_names(names: list[str], model: Any) -> dict[str, str]:
-    """Names of parameters in an Octavo checkpoint → the model's own names.
-
-    `octavo quantize` writes the model's own; `save_pretrained` undoes transformers' renamings, where a model has some.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    expected, prefix = model.state_dict(), model.base_model_prefix
-    renamed = {name: rename_source_key(name, renamings, [], prefix, expected)[0] for name in names}
-    return {name: new if new in expected or name not in expected else name for name, new in renamed.items()}
 
 
 def stored_names(model: Any) -> Callable[[str, bool], str]:
@@ -195,13 +182,22 @@ def _complete(group: Group, model: Any, source: Source, expected: dict[str, torc
             raise CheckpointError(
                 f"{source.folder}: {group.source_names[0]} would become {name}, which the model lacks"
             )
-        if tuple(value.shape) != tuple(expected[name].shape):
+        shape = tuple(expected[name].shape)
+        turned = source.rows_are_outputs and _is_turned(model, name, source, group)
+        if tuple(value.shape) != ((*shape[:-2], shape[-1], shape[-2]) if turned else shape):
             raise CheckpointError(
                 f"{source.folder}: tensor {group.source_names[0]}: expected shape "
-                f"{list(expected[name].shape)} (config.json), "
+                f"{list(shape)} (config.json), "
                 f"found {list(value.shape)}; the weights and config.json belong to different models"
             )
         group.outputs[name] = tuple(value.shape)
+
+
+def _is_turned(model: Any, name: str, source: Source, group: Group) -> bool:
+    """Whether the model holds the transpose of what an Octavo file has as [out, in]."""
+    return group.source_names[0] in source.quantized and holds_transpose(
+        model.get_submodule(name.rpartition(".")[0])
+    )
 
 
 def _not_ignored(model: Any, names: list[str]) -> list[str]:

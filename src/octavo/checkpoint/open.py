@@ -6,7 +6,7 @@
     "published"    8-bit block-wise checkpoints (uint8 weight, absmax, code)       published.py
     "packed"       FP8, int8 or MXFP4 of another method                            packed_source.py
     "gguf"         a llama.cpp file                                                gguf_source.py
-    "octavo"       what `octavo quantize` and `save_pretrained` write              safetensors_source.py
+    "octavo"       what `octavo quantize` and `save_pretrained` write              octavo_source.py
 
 Example:
     >>> from octavo.checkpoint import open_source
@@ -21,6 +21,7 @@ from .bin_source import BinSource
 from .errors import CheckpointError
 from .gguf_source import GgufSource
 from .locate import Location, locate
+from .octavo_source import OctavoSource
 from .packed_source import PackedSource
 from .packing import find_packed
 from .published import PublishedSource, is_published
@@ -48,8 +49,7 @@ def open_files(location: Location) -> Source:
     reader = SafetensorsSource if location.format == "safetensors" else BinSource
     source: Source = reader(location.folder, location.files, location.index)
     if _is_octavo(location.folder):
-        source.kind = "octavo"
-        return source
+        return OctavoSource(source)
     if is_published(source.tensors):
         return PublishedSource(source)
     packed = find_packed(source)

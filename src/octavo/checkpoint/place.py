@@ -1,14 +1,23 @@
 """Where a conversion reads and writes: checks of the output folder, the source's fingerprint, giving the folder its name.
 
+`OUT` becomes what was written in one step, a rename, wherever that is possible:
+
+    OUT is                                        the work is in             and then
+    nothing, or a folder                          OUT.partial                is renamed to OUT
+    a symbolic link, dangling or not              the same of its target     the link stays, its target is renamed
+    a mount point, or in a read-only folder       OUT/.octavo-partial        its files move up one by one, config.json last
+
 Example:
-    >>> from octavo.checkpoint.place import publish
-    >>> publish(Path("out.partial"), Path("out"))  # doctest: +SKIP
+    >>> from octavo.checkpoint.place import choose_place
+    >>> choose_place(Path("out"), source, overwrite=False).partial  # doctest: +SKIP
+    PosixPath('out.partial')
 """
 
 import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -17,17 +26,103 @@ from .source import Source
 # Places of each file, evenly spread, that its fingerprint looks at, and bytes at each.
 SAMPLES = 16
 SAMPLE_BYTES = 4096
+INSIDE = ".octavo-partial"
+REPLACED = ".octavo-replaced"
+FINISHED = ".octavo-finished"
+CLEARED = "cleared"
+# What a folder may hold and still be empty: our own unfinished work, and what a new file system begins with.
+NOTHING = {INSIDE, REPLACED, FINISHED, "lost+found"}
 
 
-def check_out(out: Path, source: Source, overwrite: bool) -> None:
-    """Raise CheckpointError if `out` cannot be written: a file, the source itself, or in use without `overwrite`."""
-    if out.exists() and not out.is_dir():
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint is written.
+
+    Attributes:
+        asked: the folder as the user named it.
+        out: the folder itself: links are followed.
+        inside: whether `out` stays where it is and its files are exchanged, because it cannot be renamed.
+    """
+
+    asked: Path
+    out: Path
+    inside: bool = False
+
+    @property
+    def partial(self) -> Path:
+        """The folder in which the work is done."""
+        return self.out / INSIDE if self.inside else self.out.with_name(f"{self.out.name}.partial")
+
+    @property
+    def disk(self) -> Path:
+        """A folder that is there, on the disk that is written to."""
+        return _nearest(self.out if self.inside else self.out.parent)
+
+    def publish(self) -> None:
+        """Give finished work its final name; an old folder of that name goes only once the new one is there."""
+        for path in (*self.partial.rglob("*"), self.partial):
+            _sync(path)
+        if self.inside:
+            self.partial.rename(self.out / FINISHED)
+            self._exchange()
+            return
+        # A name that is ours, so that no folder of the user's is ever in its place.
+        old = self.out.with_name(f".{self.out.name}{REPLACED}")
+        if self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+        self.partial.rename(self.out)
+        _sync(self.out.absolute().parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _exchange(self) -> None:
+        """Put what is in OUT/.octavo-finished in place of what is in OUT. Begun again, it goes on."""
+        finished, old = self.out / FINISHED, self.out / REPLACED
+        if not (finished / CLEARED).exists():
+            old.mkdir(exist_ok=True)
+            for path in self.out.iterdir():
+                if path.name not in NOTHING:
+                    path.rename(old / path.name)
+            (finished / CLEARED).touch()
+        # Without config.json the folder is no model yet.
+        for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):
+            if path.name != CLEARED:
+                path.rename(self.out / path.name)
+        _sync(self.out)
+        for leftover in (old, finished):
+            shutil.rmtree(leftover)
+
+
+def choose_place(out: Path, source: Source, overwrite: bool) -> Place:
+    """Decide where the work is done, and finish what an earlier run has left to be exchanged.
+
+    Raises:
+        CheckpointError: if `out` cannot be written: a file, the source itself or around it, in use without `overwrite`, or
+            where this user may not write.
+    """
+    try:
+        real = out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{out}: its links lead in a circle ({error}); give another folder") from None
+    if real.exists() and not real.is_dir():
         raise CheckpointError(f"{out} is a file; expected a folder to write")
-    here, there = out.resolve(), source.folder.resolve()
-    if here == there or here in there.parents:
+    there = source.folder.resolve()
+    if real == there or real in there.parents:
         raise CheckpointError(f"{out} holds the source itself; give another folder to write")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    fixed = real.is_dir() and (os.path.ismount(real) or not os.access(real.parent, os.W_OK))
+    place = Place(out, real if out.is_symlink() or fixed else out, fixed)
+    if not os.access(place.disk, os.W_OK):
+        raise CheckpointError(f"{out}: this user may not write to {place.disk}; give another folder")
+    if fixed and (real / FINISHED).is_dir():
+        place._exchange()
+    if real.is_dir() and not overwrite and {path.name for path in real.iterdir()} - NOTHING:
         raise CheckpointError(f"{out} is not empty; give another folder, or --overwrite to replace it")
+    return place
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
 def fingerprint(source: Source) -> str:
@@ -47,21 +142,6 @@ def fingerprint(source: Source) -> str:
                 file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Give a finished folder its final name; an old folder of that name goes only once the new one is there."""
-    for path in (*partial.rglob("*"), partial):
-        _sync(path)
-    old = None
-    if out.exists():
-        old = out.with_name(out.name + ".replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    partial.rename(out)
-    _sync(out.absolute().parent)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def _sync(path: Path) -> None:

@@ -65,6 +65,8 @@ class PublishedSource(SourceOver):
 
     kind = "published"
     native = False
+    eight_bit = True
+    codebook = "as published"
 
     def __init__(self, inner: Source):
         super().__init__(inner)
@@ -127,6 +129,22 @@ class PublishedSource(SourceOver):
             scales = absmax[start // size : (start + step) // size]
             out[start : start + step] = values * scales.repeat_interleave(size)[: values.numel()]
         return out.view(qdata.shape)
+
+    def own_config(self, config: OctavoConfig) -> OctavoConfig:
+        return OctavoConfig(codebook="dynamic", skip=config.skip)
+
+    def keeps(self, name: str, transposed: bool) -> bool:
+        kept = self.block_size(name) is not None and not transposed
+        if not kept:
+            warnings.warn(
+                f"{name}: rows of {self.tensors[name].shape[-1]} weights cut its blocks of {self.quantized[name]} too short "
+                "to repeat their scales; it is de-quantized and quantized anew",
+                stacklevel=3,
+            )
+        return kept
+
+    def scale_type(self, name: str) -> torch.dtype:
+        return torch.float32
 
     def block_size(self, name: str) -> int | None:
         """Block size with which a quantized weight is exactly row-local; None where it would be uselessly short."""

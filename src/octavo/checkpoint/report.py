@@ -18,17 +18,15 @@ from typing import Any
 
 import torch
 
-from .. import ops
-from ..config import OctavoConfig, stored_block_size
+from ..config import OctavoConfig
 from ..model import plan_model
 from .encode import PANEL_WEIGHTS
 from .errors import CheckpointError
-from .names import map_names, model_names
+from .names import map_names
+from .octavo_source import OctavoSource, rows_of
 from .open import open_source
 from .skeleton import build_skeleton
 from .source import Source
-
-SUFFIXES = ("qdata", "absmax", "code")
 
 
 @dataclass
@@ -145,10 +143,7 @@ def report(model: str | Path, against: str | Path | None = None) -> Report:
     """
     with open_source(model) as source:
         skeleton = build_skeleton(source.model_config())
-        if source.kind == "octavo":
-            found = _report_octavo(str(model), source)
-        else:
-            found = _report_other(str(model), source)
+        found = Report(str(model), source.kind, _items(source), source.codebook)
         _name(found.items, source, skeleton)
         _add_coverage(found, source, skeleton)
         if against is not None:
@@ -158,62 +153,16 @@ def report(model: str | Path, against: str | Path | None = None) -> Report:
         return found
 
 
-def _config(source: Source) -> OctavoConfig:
-    if source.kind != "octavo":
-        return OctavoConfig()
-    return OctavoConfig.from_dict(source.config["quantization_config"])
-
-
-def _report_octavo(model: str, source: Source) -> Report:
-    config = _config(source)
-    names = [name.removesuffix("_qdata") for name in source.tensors if name.endswith("_qdata")]
-    items = [_octavo_item(name, source, config) for name in names]
-    parts = {f"{name}_{suffix}" for name in names for suffix in SUFFIXES}
-    items += [_float_item(info) for name, info in source.tensors.items() if name not in parts]
-    return Report(model, source.kind, items, config.codebook)
-
-
-def _octavo_item(name: str, source: Source, config: OctavoConfig) -> Item:
-    """One 8-bit parameter, checked against the format."""
-    absent = [f"{name}_{suffix}" for suffix in SUFFIXES if f"{name}_{suffix}" not in source.tensors]
-    if absent:
-        raise CheckpointError(f"{source.folder}: {name}_qdata is there without {', '.join(absent)}")
-    qdata, absmax, code = (source.tensors[f"{name}_{suffix}"] for suffix in SUFFIXES)
-    lead = qdata.shape[:-2]
-    if (
-        len(qdata.shape) < 2
-        or qdata.dtype != torch.uint8
-        or absmax.dtype not in ops.schema.SCALE_TYPES
-        or absmax.shape[:-1] != qdata.shape[:-1]
-        or code.dtype != torch.float32
-        or code.shape != (*lead, 256)
-    ):
-        found = ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in (qdata, absmax, code))
-        raise CheckpointError(f"{source.folder}: {name}: these parts do not belong together: {found}")
-    assert config.block_size is not None  # OctavoConfig fills it in
-    try:
-        block_size = stored_block_size(qdata.shape[-1], absmax.shape[-1], config.block_size)
-    except ValueError as error:
-        raise CheckpointError(f"{source.folder}: {name}: {error}") from error
-    table = source.read(f"{name}_code")
-    valid = bool((table[..., 1:] >= table[..., :-1]).all() and (table.abs() <= 1).all())
-    if not valid or not bool((table == 0).any(-1).all()):
-        raise CheckpointError(
-            f"{source.folder}: {name}_code: expected 256 ascending numbers within [-1, 1] with an exact 0"
-        )
-    scales = str(absmax.dtype).removeprefix("torch.")
-    nbytes = qdata.nbytes + absmax.nbytes + code.nbytes
-    return Item(name, qdata.shape, "8-bit", nbytes, block_size, scales)
-
-
-def _report_other(model: str, source: Source) -> Report:
+def _items(source: Source) -> list[Item]:
     items = []
     for name, info in source.tensors.items():
         if name in source.quantized:
-            items.append(Item(name, info.shape, "8-bit", info.nbytes, source.quantized[name], "float32"))
+            source.read_packed(name)  # the numbers of its codebook are checked as well
+            scales = str(source.scale_type(name)).removeprefix("torch.")
+            items.append(Item(name, info.shape, "8-bit", info.nbytes, source.quantized[name], scales))
         else:
             items.append(_float_item(info))
-    return Report(model, source.kind, items, "as published" if source.kind == "published" else None)
+    return items
 
 
 def _float_item(info: Any) -> Item:
@@ -221,7 +170,7 @@ def _float_item(info: Any) -> Item:
 
 
 def _add_coverage(found: Report, source: Source, skeleton: Any) -> None:
-    plan = plan_model(skeleton, _config(source))
+    plan = plan_model(skeleton, source.own_config(OctavoConfig()))
     stored = {item.name for item in found.quantized}
     done = total = 0
     for entry in plan.entries.values():
@@ -240,20 +189,17 @@ def _add_coverage(found: Report, source: Source, skeleton: Any) -> None:
 
 def _name(items: list[Item], source: Source, skeleton: Any) -> None:
     """Give items the model's names; `stored` keeps the file's."""
-    if source.kind == "octavo":
-        names = model_names([item.stored for item in items], skeleton)
-    else:
-        groups = map_names(skeleton, source).groups
-        names = {group.source_names[0]: group.first for group in groups if group.converter is None}
+    groups = map_names(skeleton, source).groups
+    names = {group.source_names[0]: group.first for group in groups if group.converter is None}
     for item in items:
         item.name = names.get(item.stored, item.stored)
 
 
 def _compare(found: Report, source: Source, other: Source, skeleton: Any) -> None:
     """Fill in the errors of quantized parameters against another checkpoint of the model."""
-    if other.kind == "octavo":
+    if isinstance(other, OctavoSource):
         raise CheckpointError(f"{other.folder} is quantized too; compare with the original checkpoint")
-    plan = plan_model(skeleton, _config(source))
+    plan = plan_model(skeleton, source.own_config(OctavoConfig()))
     entries = {name: entry for entry in plan.entries.values() for name in (entry.name, *entry.aliases)}
     groups = {name: group for group in map_names(skeleton, other).groups for name in group.outputs}
     for item in found.quantized:
@@ -286,20 +232,13 @@ def _compare_item(item: Item, weight: torch.Tensor, source: Source) -> None:
             power += torch.linalg.vector_norm(panel, dtype=torch.float64).item() ** 2
     item.error = error / power if power else 0.0
     item.power = power
-    for suffix in SUFFIXES:
-        if f"{item.stored}_{suffix}" in source.tensors:
-            source.release(f"{item.stored}_{suffix}")
+    source.release(item.stored)
 
 
 def _reader(item: Item, source: Source) -> Callable[[int, slice], torch.Tensor]:
     """A function of the number of a matrix and of its rows: these rows, de-quantized."""
-    if source.kind != "octavo":
-        whole = source.read(item.stored)
-        return lambda index, rows: whole[rows]
-    qdata, absmax, code = (source.read(f"{item.stored}_{suffix}") for suffix in SUFFIXES)
-    qdata, absmax = (part.reshape(-1, *part.shape[-2:]) for part in (qdata, absmax))
-    code, size = code.reshape(-1, 256), item.block_size
-    assert size is not None
-    return lambda index, rows: ops.dequantize(
-        qdata[index][rows], absmax[index][rows], code[index], size, torch.float32
-    )
+    packed = source.read_packed(item.stored)
+    if packed is not None:
+        return lambda index, rows: rows_of(packed, rows, index)
+    whole = source.read(item.stored)
+    return lambda index, rows: whole[rows]

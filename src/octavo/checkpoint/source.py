@@ -12,6 +12,8 @@ Example:
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -20,8 +22,13 @@ from typing import Any
 
 import torch
 
+from ..config import OctavoConfig
+from ..quantizer import Packed
 from .errors import CheckpointError
 
+COMPUTING_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Where the configuration of a model of several parts keeps that of its language model.
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder")
 # What a tokenizer, a generation or a processor may consist of, and the licence the weights came under.
 AUXILIARY_PATTERNS = (
     "generation_config.json",
@@ -69,22 +76,28 @@ class Source:
     Attributes:
         kind: what it is, in a word (`octavo.checkpoint.open` lists them).
         native: whether transformers' `from_pretrained` reads these files as they are.
+        eight_bit: whether its weights lie in blocks of 8 bits already: Octavo's format, or a published checkpoint.
+        rows_are_outputs: whether matrices are listed and read as [out, in] even where the model holds the transpose.
+        codebook: name of the codebooks of its 8-bit weights; None if it has none.
         folder: the folder that holds it.
         files: the files that hold its weights.
         tensors: name → TensorInfo, in the order of the files.
-        quantized: names of weights that are stored in 8 bits (published checkpoints), else empty.
+        quantized: names of weights that are stored in 8-bit blocks → block size; else empty.
         adapters: module name → (A, B), low-rank additions stored beside the weights (published checkpoints).
         dropped: names found in the files that are no parameters, and are left out on purpose.
     """
 
     kind: str
     native = True
+    eight_bit = False
+    rows_are_outputs = False
+    codebook: str | None = None
 
     def __init__(self, folder: Path, files: list[Path]):
         self.folder = folder
         self.files = files
         self.tensors: dict[str, TensorInfo] = {}
-        self.quantized: dict[str, Any] = {}
+        self.quantized: dict[str, int] = {}
         self.adapters: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.dropped: list[str] = []
 
@@ -126,15 +139,51 @@ class Source:
         """
         raise NotImplementedError
 
-    def read_packed(self, name: str) -> Any:
+    def read_packed(self, name: str) -> Packed | None:
         """A weight of `quantized` in Octavo's layout, if it has that form exactly, else None."""
         raise KeyError(name)
+
+    def own_config(self, config: OctavoConfig) -> OctavoConfig:
+        """How the model is to be quantized when `config` is asked for: what is in 8 bits already stays as it is."""
+        return config
+
+    def refit_config(self, name: str) -> OctavoConfig:
+        """How a weight of `quantized` is quantized anew, where its own numbers cannot be kept."""
+        raise KeyError(name)
+
+    def keeps(self, name: str, transposed: bool) -> bool:
+        """Whether a weight of `quantized` keeps its numbers, in a model that holds it `transposed` or as it is."""
+        raise KeyError(name)
+
+    def scale_type(self, name: str) -> torch.dtype:
+        """Type of the scales of a weight of `quantized`."""
+        raise KeyError(name)
+
+    @property
+    def place(self) -> Path:
+        """What `open_source` opens it by again."""
+        return self.folder
+
+    @property
+    def pretrained_options(self) -> dict[str, str]:
+        """What transformers' `from_pretrained` needs besides the folder."""
+        return {}
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type that config.json says the model computes in, else that of most of its float tensors."""
+        stated = stated_dtype(self.config)
+        if stated is not None:
+            return stated
+        plain = (info.dtype for info in self.tensors.values() if not info.stored)
+        kinds = Counter(dtype for dtype in plain if dtype in COMPUTING_TYPES.values())
+        return kinds.most_common(1)[0][0] if kinds else torch.float32
 
     def release(self, name: str) -> None:
         """Let go of the memory of `name`'s data; reading it again goes back to the file. A hint: may do nothing."""
 
-    def transforms(self, config: Any) -> list[Any] | None:
-        """transformers' weight transforms from these names to the model's; None for those of the architecture."""
+    def transforms(self, model: Any) -> list[Any] | None:
+        """transformers' weight transforms from these names to those of `model`; None for those of the architecture."""
         return None
 
     def auxiliary_files(self) -> list[Path]:
@@ -209,6 +258,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
+
+
+def stated_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The type that a config.json states: as a string, or as a dictionary of one a part ("" for the whole), under `dtype`
+    or, as older versions of transformers wrote it, `torch_dtype`; else the type that its text model states.
+
+    None if it states none, "auto", or one that no model computes in.
+    """
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        parts = [value.get(""), *value.values()] if isinstance(value, dict) else [value]
+        for part in parts:
+            name = str(part).removeprefix("torch.")
+            if name in COMPUTING_TYPES:
+                return COMPUTING_TYPES[name]
+    nested = (config.get(key) for key in TEXT_CONFIGS)
+    return next((found for part in nested if isinstance(part, dict) and (found := stated_dtype(part))), None)
 
 
 def _first_line(error: BaseException) -> str:

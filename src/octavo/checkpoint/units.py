@@ -12,7 +12,6 @@ Example:
 """
 
 import math
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,8 +115,7 @@ def piece_nbytes(piece: Piece) -> int:
 
 def blocks_per_row(columns: int, config: OctavoConfig) -> int:
     """Scales that `octavo.quantizer.quantize_parameter` makes for a row of `columns` weights."""
-    size = config.block_size
-    assert size is not None  # OctavoConfig fills it in
+    size = config.row_block
     shared = math.gcd(size, columns)
     if config.codebook == "dynamic" and columns % size and shared >= SHORTEST_REPEATED_BLOCK:
         return columns // shared
@@ -164,33 +162,16 @@ def plan_units(
             output.check = target in parameters and target not in plan.skipped
             if output.entry is not None:
                 output.config = config
-                if not requantize:
-                    _keep_published(output, group, source)
+                name = group.source_names[0]
+                if not requantize and name in source.quantized:
+                    output.config = source.refit_config(name)
+                    output.exact = group.converter is None and source.keeps(name, output.entry.transposed)
                 output.blocks = blocks_per_row(output.stored_shape[-1], output.config)
             output.stored = stored(target, output.entry is not None)
             unit.outputs.append(output)
         if unit.outputs:
             units.append(unit)
     return sorted(units, key=lambda unit: not unit.aligned), names.unexpected
-
-
-def _keep_published(output: Output, group: Group, source: Any) -> None:
-    """Mark a published 8-bit weight as kept, where its blocks can be cut along rows."""
-    name = group.source_names[0]
-    if name not in source.quantized:
-        return
-    output.config = source.refit_config(name)
-    output.exact = (
-        group.converter is None
-        and not (output.entry and output.entry.transposed)
-        and source.block_size(name) is not None
-    )
-    if not output.exact:
-        warnings.warn(
-            f"{name}: rows of {output.shape[-1]} weights cut its blocks of {source.quantized[name]} too short to "
-            "repeat their scales; it is de-quantized and quantized anew",
-            stacklevel=3,
-        )
 
 
 def _float_dtype(source: Source, group: Group) -> torch.dtype:

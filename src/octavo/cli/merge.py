@@ -12,11 +12,18 @@ def merge(
     to: Annotated[
         str, typer.Option(help="8bit, or 16 bits for tools that know no 8 bits: float16, bfloat16.")
     ] = "8bit",
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace OUT once the new one is whole; discard unfinished work that differs."
+        ),
+    ] = False,
 ) -> None:
     """Write a copy of MODEL with ADAPTER merged into its weights, tensor by tensor: memory never holds the
     model.
 
-    In 8 bits the changed weights are quantized anew, which adds a small error; it is reported.
+    Interrupted, by Ctrl-C, a crash or a full disk, the same command goes on where it stopped and ends in the same
+    bytes. In 8 bits the changed weights are quantized anew, which adds a small error; it is reported.
 
     Examples:
 
@@ -25,22 +32,18 @@ def merge(
         octavo merge ./my-model-8bit ./poems ./my-model-poems-16 --to bfloat16
     """
     from rich.console import Console
-    from rich.progress import Progress
 
     from octavo.training.merge import merge as run
 
+    from .progress import bytes_progress
+
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("merging", total=None)
-        result = run(
-            model,
-            adapter,
-            out,
-            to,
-            progress=lambda done, total, name: bar.update(
-                task, completed=done, total=total, description=name
-            ),
-        )
+    try:
+        with bytes_progress(console) as progress:
+            result = run(model, adapter, out, to, overwrite=overwrite, progress=progress)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on where it stopped.")
+        raise typer.Exit(130) from None
     console.print(
         f"{out}: {result.nbytes / 1e6:,.1f} MB, {len(result.changed)} tensors changed by the adapter"
     )

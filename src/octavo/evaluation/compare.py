@@ -200,17 +200,17 @@ def compare(
         OSError: if something is not found, or the disk is full.
     """
     from ..checkpoint import open_source
-    from ..loading import _own_dtype, load_tokenizer
+    from ..loading import load_tokenizer
 
     chosen = [find_format(name) for name in formats]
     if len({each.name for each in chosen}) < len(chosen) or not chosen:
         raise ValueError(f"formats: expected at least one, each once, found {', '.join(formats) or 'none'}")
     with open_source(model) as source:
-        if source.kind in ("octavo", "published"):
+        if source.eight_bit:
             raise ValueError(
                 f"{model} is quantized already; formats are compared from float weights: give the original model"
             )
-        own = _own_dtype(source)
+        own = source.dtype
     tokens = tokenize(read_texts(texts), load_tokenizer(model), limit_tokens)
     network = load_as_it_is(model, dtype, device)
     check_causal(network)

@@ -43,21 +43,20 @@ def load_as_it_is(
     from ..checkpoint import open_source
     from ..checkpoint.build import build_model
     from ..checkpoint.skeleton import model_class_of
-    from ..loading import _dtype, _own_dtype, computing_type, load
+    from ..loading import _dtype, computing_type, load
 
     with open_source(src) as source:
-        if config is None and source.kind not in ("octavo", "published"):
+        if config is None and not source.eight_bit:
             place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             if place.type == "cuda" and not torch.cuda.is_available():
                 raise ValueError(
                     f"device {place}: this torch finds no GPU; leave --device out to use the CPU"
                 )
-            asked = _dtype(dtype) or computing_type(_own_dtype(source), place)
+            asked = _dtype(dtype) or computing_type(source.dtype, place)
             if source.kind == "packed":
                 return build_model(source, None, asked, place).eval()
-            options = {"gguf_file": source.files[0].name} if source.kind == "gguf" else {}
             model = model_class_of(source.model_config()).from_pretrained(
-                str(source.folder), dtype=asked, device_map={"": str(place)}, **options
+                str(source.folder), dtype=asked, device_map={"": str(place)}, **source.pretrained_options
             )
             return model.eval()
     return load(src, dtype, device, config=config)

@@ -83,7 +83,7 @@ def _draw(found: Evaluation, folder: Path, against: str | Path | None) -> list[s
         plots.plot_layers(weights.by_layer(stored.quantized), folder / "error-by-layer.png")
         plots.plot_tensors(stored.quantized, folder / "error-by-tensor.png")
         drawn += ["error-by-layer.png", "error-by-tensor.png"]
-    if stored.quantized and stored.kind in ("octavo", "published"):
+    if stored.quantized and stored.codebook:
         chosen = weights.codebooks(found.model, against, weights.choose(stored.quantized))
         plots.plot_codebooks(chosen, folder / "codebooks.png")
         drawn.append("codebooks.png")

@@ -137,18 +137,10 @@ def codebooks(model: str | Path, against: str | Path | None, items: Sequence[Ite
 
 def _codebook(item: Item, source: Source, weight: torch.Tensor | None) -> Codebook:
     """One matrix (of a stack of experts the first)."""
-    if source.kind == "octavo":
-        qdata, absmax, code = (
-            source.read(f"{item.stored}_{suffix}") for suffix in ("qdata", "absmax", "code")
-        )
-        size = item.block_size or 1
-    else:
-        packed = source.read_packed(item.stored)
-        if packed is None:
-            raise ValueError(
-                f"{item.name}: its blocks cross rows in a way that is not kept; no codebook to show"
-            )
-        qdata, absmax, code, size = packed
+    packed = source.read_packed(item.stored)
+    if packed is None:
+        raise ValueError(f"{item.name}: its blocks cross rows in a way that is not kept; no codebook to show")
+    qdata, absmax, code, size = packed
     qdata, absmax = (part.reshape(-1, *part.shape[-2:])[0] for part in (qdata, absmax))
     code = code.reshape(-1, 256)[0]
     rows = slice(None, None, max(1, -(-qdata.numel() // SAMPLED_WEIGHTS)))

@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 
-from .. import ops
 from ..checkpoint import CheckpointError, Source
 from ..checkpoint.adapters import is_embedding_adapter
-from ..checkpoint.names import Group, map_names, model_names
-from ..config import stored_block_size
+from ..checkpoint.names import map_names
+from ..checkpoint.octavo_source import rows_of
 from ..model import holds_transpose
 from ..quantizer import Packed
-from ..tensor import SUFFIXES
 
 
 class Parameters:
@@ -38,40 +36,21 @@ class Parameters:
 
     def __init__(self, source: Source, model: Any):
         self.source, self.model = source, model
-        self._packed: dict[str, str] = {}  # parameter → its name in the file, where it is in 8 bits there
-        self._plain: dict[str, str] = {}
-        self._groups: dict[str, Group] = {}
         self._kept: tuple[str, torch.Tensor | Packed] | None = None
-        if source.kind == "octavo":
-            self._map_octavo()
-        else:
-            self._groups = {
-                name: group for group in map_names(model, source).groups for name in group.outputs
-            }
+        self._groups = {name: group for group in map_names(model, source).groups for name in group.outputs}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        known = {*self._packed, *self._plain, *self._groups}
         self._homes: dict[str, str] = {}
         for name in parameters:
             # Under another name than its own where weights are tied.
             partners = [tied.get(name), *(alias for alias, first in tied.items() if first == name)]
-            home = next((each for each in (name, *partners) if each in known), None)
+            home = next((each for each in (name, *partners) if each in self._groups), None)
             if home is None:
                 raise CheckpointError(
                     f"{source.folder}: {name} is not in the checkpoint; config.json belongs to another model, or files "
                     "are missing"
                 )
             self._homes[name] = home
-
-    def _map_octavo(self) -> None:
-        tensors = self.source.tensors
-        stored = [
-            name.removesuffix("_qdata")
-            for name in tensors
-            if not (name.endswith(("_absmax", "_code")) and f"{name.rpartition('_')[0]}_qdata" in tensors)
-        ]
-        for ours, theirs in model_names(stored, self.model).items():
-            (self._packed if f"{ours}_qdata" in tensors else self._plain)[theirs] = ours
 
     @property
     def names(self) -> list[str]:
@@ -102,10 +81,7 @@ class Parameters:
         home = self._homes[name]
         value = self._read(home)
         if isinstance(value, Packed):
-            qdata, absmax, code, block_size = value
-            if qdata.dim() == 3:
-                qdata, absmax, code = qdata[matrix], absmax[matrix], code[matrix]
-            values = ops.dequantize(qdata[index], absmax[index], code, block_size, torch.float32)
+            values = rows_of(value, index, matrix)
         else:
             if value.dim() == 3:
                 value = value[matrix]
@@ -119,21 +95,13 @@ class Parameters:
         return self._kept[1]
 
     def _read_packed(self, home: str) -> Packed | None:
-        if home in self._packed:
-            qdata, absmax, code = (self.source.read(f"{self._packed[home]}_{suffix}") for suffix in SUFFIXES)
-            configured = int(self.source.config["quantization_config"].get("block_size") or 64)
-            return Packed(
-                qdata, absmax, code, stored_block_size(qdata.shape[-1], absmax.shape[-1], configured)
-            )
-        group = self._groups.get(home)
-        if group is None or group.converter is not None or group.source_names[0] not in self.source.quantized:
+        group = self._groups[home]
+        if group.converter is not None or group.source_names[0] not in self.source.quantized:
             return None
         # None where its blocks cannot be cut along rows: it is then de-quantized as a whole.
         return self.source.read_packed(group.source_names[0])
 
     def _read_float(self, home: str) -> torch.Tensor:
-        if home in self._plain:
-            return self.source.read(self._plain[home])
         return self._groups[home].realize(self.model, self.source.read)[home]
 
     def _adapted(self, home: str, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -149,9 +117,5 @@ class Parameters:
         """Let go of a parameter's memory."""
         home = self._homes[name]
         self._kept = None
-        if home in self._packed:
-            stored = [f"{self._packed[home]}_{suffix}" for suffix in SUFFIXES]
-        else:
-            stored = [self._plain[home]] if home in self._plain else self._groups[home].source_names
-        for each in stored:
-            self.source.release(each)
+        for stored in self._groups[home].source_names:
+            self.source.release(stored)

@@ -21,11 +21,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..checkpoint.octavo_source import put_together
 from ..checkpoint.open import require_plain
 from ..config import OctavoConfig as PlainConfig
-from ..config import stored_block_size
 from ..model import Entry, Plan, dequantize_model, plan_model
-from ..quantizer import Packed
 from ..tensor import SUFFIXES, OctavoTensor, pack
 from .peft import keep_frozen_out_of_adapters
 
@@ -241,29 +240,17 @@ class OctavoHfQuantizer(HfQuantizer):
 
     def assembled(self, name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """One parameter from its stored parts. Raises ValueError naming it if they do not fit the model."""
-        absent = [suffix for suffix in SUFFIXES if suffix not in parts]
-        if absent:
-            raise ValueError(
-                f"{name}: the checkpoint lacks {', '.join(f'{name}_{suffix}' for suffix in absent)}"
-            )
         if name not in self.shapes or name in self.plan.skipped:
             raise ValueError(
                 f"{name} is stored in 8 bits, but this model keeps it in float: the checkpoint and config.json differ"
             )
-        qdata, absmax, code = (parts[suffix] for suffix in SUFFIXES)
         entry = self._entry(name)
-        try:
-            block_size = stored_block_size(
-                qdata.shape[-1], absmax.shape[-1], self.quantization_config.row_block
-            )
-            weight = OctavoTensor.from_packed(
-                Packed(qdata, absmax, code, block_size),
-                self.dtypes.get(name, self.dtype),
-                entry.transposed,
-                self.quantization_config.codebook,
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        weight = OctavoTensor.from_packed(
+            put_together(name, parts, self.quantization_config.row_block),
+            self.dtypes.get(name, self.dtype),
+            entry.transposed,
+            self.quantization_config.codebook,
+        )
         if tuple(weight.shape) != entry.shape:
             raise ValueError(
                 f"{name}: expected shape {entry.shape}, found {tuple(weight.shape)} in the checkpoint"

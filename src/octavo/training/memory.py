@@ -124,7 +124,7 @@ def quantized_skeleton(config: Any, octavo_config: OctavoConfig, dtype: torch.dt
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     scales = torch.float32 if octavo_config.codebook == "dynamic" else torch.float16
-    block_size = octavo_config.block_size or 64
+    block_size = octavo_config.row_block
     for entry in plan_model(model, octavo_config).entries.values():
         shape = list(entry.shape)
         if entry.transposed:

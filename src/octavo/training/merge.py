@@ -1,9 +1,10 @@
 """Merge an adapter into its model's files, one tensor at a time.
 
-Each weight that the adapter changes is read (de-quantized if it is in 8 bits), gets `scale · B A` added in
-float32 (and for DoRA its magnitudes set), and is written again: in 8 bits with a codebook fitted anew, or in 16
-bits. Every other tensor is copied. Memory holds a few times the largest tensor, never the model. Weights that
-config.json ties, of which the adapter changes one, are untied on purpose: the copy's config.json says so.
+A merged model is one more source of a checkpoint: each weight that the adapter changes is read (de-quantized if it is in
+8 bits), gets `scale · B A` added in float32 (and for DoRA its magnitudes set); every other one is read as it is. It is written
+as `octavo quantize` writes (`octavo.checkpoint.write`): in 8 bits, where only the changed weights get codebooks fitted anew, or
+in 16 bits; with a journal, aside, and renamed when it is whole. Memory holds a few times the largest tensor, never the model.
+Weights that config.json ties, of which the adapter changes one, are untied on purpose: the copy's config.json says so.
 
 Example:
     >>> result = merge("model-8bit", "poems", "poems-merged")  # doctest: +SKIP
@@ -11,29 +12,28 @@ Example:
     2.9e-05
 """
 
-import json
-import os
-import shutil
-from collections.abc import Callable
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint import open_source
-from ..checkpoint.locate import SAFETENSORS_INDEX
-from ..checkpoint.shards import ShardFile, header_room, shard_names
+from ..checkpoint.names import map_names
+from ..checkpoint.octavo_source import OctavoSource
+from ..checkpoint.place import choose_place
 from ..checkpoint.skeleton import build_skeleton
-from ..checkpoint.units import Piece, piece_nbytes
-from ..config import OctavoConfig, stored_block_size
-from ..model import Entry, holds_transpose, plan_model
-from ..quantizer import Packed, quantize_parameter
-from ..tensor import SUFFIXES, OctavoTensor
+from ..checkpoint.source import SourceOver, TensorInfo
+from ..checkpoint.units import plan_units
+from ..checkpoint.write import MAX_SHARD_SIZE, CheckpointWriter, Progress
+from ..config import OctavoConfig
+from ..model import Entry, Plan, holds_transpose, plan_model
+from ..quantizer import Packed
 from .adapter_files import Adapter
 
 TYPES = {"8bit": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MAX_SHARD_SIZE = 5_000_000_000
 
 
 @dataclass
@@ -68,68 +68,96 @@ def merge(
     out: str | Path,
     to: str = "8bit",
     *,
+    overwrite: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> MergeResult:
     """Write a copy of a model with an adapter merged in.
 
     Args:
         model: a folder or hub id of a model in Octavo's 8 bits.
         adapter: a PEFT LoRA adapter folder.
-        out: the folder to write; it appears when it is whole.
+        out: the folder to write; it appears when it is whole. Until then the work is in `out`.partial, where the same
+            call, after an interruption, goes on with it.
         to: "8bit" (the changed weights get codebooks fitted anew, all others keep their bytes), "float16",
             "bfloat16".
+        overwrite: replace `out`, once the new one is whole; and discard unfinished work that does not match.
         max_shard_size: bytes a file takes at most.
-        progress: called with tensors done, tensors in all, and the one at hand.
+        progress: called with bytes read so far, bytes to read, and the parameter at hand.
 
     Raises:
-        ValueError: on an unknown `to`, an `out` that is in the way, an adapter that does not fit the model.
-        octavo.checkpoint.CheckpointError: if the model cannot be read.
+        ValueError: on an unknown `to`, or an adapter that does not fit the model.
+        octavo.checkpoint.CheckpointError: if the model cannot be read, `out` is in the way, or the disk is full.
     """
     if to not in TYPES:
         raise ValueError(f"--to: expected one of {', '.join(TYPES)}, found {to!r}")
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: give another folder, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with open_source(model) as source:
-            result = _Merge(source, Adapter(adapter), partial, TYPES[to]).run(max_shard_size, progress)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
-    result.out = out
-    return result
-
-
-class _Merge:
-    """One run of `merge`: what is written, decided from names and shapes, then tensor by tensor."""
-
-    def __init__(self, source: Any, adapter: Adapter, out: Path, dtype: torch.dtype | None):
-        if source.kind != "octavo":
+    with open_source(model) as source:
+        if not isinstance(source, OctavoSource):
             raise ValueError(
                 f"{source.folder}: expected a model in 8 bits, found {source.kind}; `octavo quantize` it first"
             )
-        self.source, self.adapter, self.out, self.dtype = source, adapter, out, dtype
-        self.config = OctavoConfig.from_dict(dict(source.config["quantization_config"]))
-        model_config = source.model_config()
+        place = choose_place(Path(out), source, overwrite)
+        merged = MergedSource(source, Adapter(adapter), TYPES[to])
+        units, _ = plan_units(merged.model, merged, merged.options, merged.plan())
+        options = {"merge": to, "adapter": merged.adapter_digest()}
+        written = CheckpointWriter(
+            merged,
+            merged.model,
+            units,
+            place,
+            merged.config,
+            options,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+        ).run(progress)
+    error, power = (sum(getattr(row, key) for row in written.rows) for key in ("error", "power"))
+    return MergeResult(place.asked, merged.changed, error, power, merged.untied, written.nbytes)
+
+
+class MergedSource(SourceOver):
+    """A model in Octavo's format with an adapter in it: parameters under the model's names, in the model's layout.
+
+    Args:
+        dtype: type of all float tensors; None: each its own, and what is in 8 bits stays so.
+
+    Attributes:
+        model: its model, on the meta device.
+        changed: names of the parameters that the adapter changes.
+        untied: names that shared a tensor and no longer do.
+
+    Raises:
+        ValueError: if the adapter changes what the model or its files do not have.
+    """
+
+    kind = "merged"
+
+    def __init__(self, inner: OctavoSource, adapter: Adapter, dtype: torch.dtype | None = None):
+        super().__init__(inner)
+        self.adapter, self.options, self.float_type = adapter, inner.options, dtype
+        model_config = inner.model_config()
         del model_config.quantization_config
         self.model = build_skeleton(model_config)
         if adapter.has_stacks:
             adapter.place_on_stacks(build_skeleton(model_config))
-        self.entries = plan_model(self.model, self.config).entries
-        self.result = MergeResult(out)
-        self.homes = self._homes()
+        self.untied: list[str] = []
+        self._homes = self._find_homes()
+        self.changed = [name for name in self._homes if name in adapter.sides or name in adapter.values]
+        if self.untied:
+            model_config.tie_word_embeddings = False
+            self.model = build_skeleton(model_config)
+        self.files = [*inner.files, adapter.folder / "adapter_model.safetensors"]
+        state = self.model.state_dict()
+        for name, home in self._homes.items():
+            info = inner.tensors[home]
+            kept = self.float_type if info.dtype.is_floating_point and self.float_type else info.dtype
+            self.tensors[name] = TensorInfo(name, tuple(state[name].shape), kept, info.nbytes, info.file)
+            if home in inner.quantized and self.float_type is None:
+                self.quantized[name] = inner.quantized[home]
 
-    def _homes(self) -> dict[str, str]:
-        """Every parameter and buffer to write → the one in the source that it comes from."""
-        stored = (name.removesuffix("_qdata") for name in self.source.tensors)
-        homes = {name: name for name in stored if not name.endswith(("_absmax", "_code"))}
+    def _find_homes(self) -> dict[str, str]:
+        """Every parameter and buffer of the merged model → its name in the files."""
+        groups = map_names(self.model, self._inner).groups
+        homes = {name: group.source_names[0] for group in groups for name in group.outputs}
         changed = set(self.adapter.sides) | set(self.adapter.values)
         known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         unknown = sorted(changed - known)
@@ -138,136 +166,81 @@ class _Merge:
                 f"{self.adapter.folder}: the adapter changes {unknown[0]}, which this model does not have; it was "
                 f"trained on {self.adapter.config.get('base_model_name_or_path')}"
             )
-        for entry in self.entries.values():
+        for entry in plan_model(self.model, self.options).entries.values():
             group = (entry.name, *entry.aliases)
-            home = next((name for name in group if name in homes), None)
+            home = next((homes[name] for name in group if name in homes), None)
             if entry.aliases and home is not None and changed & set(group):
                 # The adapter changes one of several names of one tensor: from here on they are several
                 # tensors.
                 homes.update(dict.fromkeys(group, home))
-                self.result.untied += group
-        elsewhere = sorted(changed - homes.keys())
-        if elsewhere:
+                self.untied += group
+        absent = sorted(changed - homes.keys())
+        if absent:
             raise ValueError(
-                f"{self.source.folder}: the adapter changes {elsewhere[0]}, which these files hold under other names or in "
-                "parts, as transformers' save_pretrained writes some models. Write them anew from the original weights "
-                "with `octavo quantize`, which keeps the model's own names"
+                f"{self.folder}: the adapter changes {absent[0]}, which these files do not hold; write them anew from the "
+                "original weights with `octavo quantize`"
             )
         return homes
 
-    def run(self, max_shard_size: int, progress: Callable[[int, int, str], None] | None) -> MergeResult:
-        shards: list[list[str]] = [[]]
-        filled = 0
-        for name in self.homes:
-            size = sum(piece_nbytes(piece) for piece in self._planned(name))
-            if shards[-1] and filled + size > max_shard_size:
-                shards.append([])
-                filled = 0
-            shards[-1].append(name)
-            filled += size
-        files = shard_names(len(shards))
-        weight_map: dict[str, str] = {}
-        total = done = 0
-        for file, names in zip(files, shards, strict=True):
-            room = header_room(piece for name in names for piece in self._planned(name))
-            shard = ShardFile(self.out / file, room)
-            for name in names:
-                if progress is not None:
-                    progress(done, len(self.homes), name)
-                for piece, tensor in self._made(name).items():
-                    shard.write(shard.reserve(piece, tensor.dtype, tuple(tensor.shape)), tensor)
-                    weight_map[piece] = file
-                    total += tensor.nbytes
-                self._release(self.homes[name])
-                done += 1
-            shard.finish()
-        self.result.nbytes = sum((self.out / file).stat().st_size for file in files)
-        if len(files) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.out / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        self._write_config()
-        self.source.save_auxiliary(self.out)
-        return self.result
+    def plan(self) -> Plan:
+        """What stays in 8 bits is what is in 8 bits: the files say so, whatever a rule would choose today."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        aliases = {name: [n for n in group if n != name] for group in names.values() for name in group}
+        entries = {}
+        for name in self.quantized:
+            shape, turned = self.tensors[name].shape, self._is_turned(name)
+            entries[name] = Entry(name, shape, turned, tuple(aliases.get(name, ())))
+        return Plan(entries)
 
-    def _release(self, home: str) -> None:
-        for stored in [f"{home}_{suffix}" for suffix in SUFFIXES] if self._is_packed(home) else [home]:
-            self.source.release(stored)
+    def adapter_digest(self) -> str:
+        """SHA-256 of the adapter's configuration and weights."""
+        digest = hashlib.sha256()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            digest.update((self.adapter.folder / name).read_bytes())
+        return digest.hexdigest()
 
-    def _is_packed(self, home: str) -> bool:
-        return f"{home}_qdata" in self.source.tensors
-
-    def _planned(self, name: str) -> list[Piece]:
-        """Names, types and shapes of what is written for a parameter; scales may turn out narrower."""
-        home = self.homes[name]
-        tensors = self.source.tensors
-        if not self._is_packed(home):
-            info = tensors[home]
-            floating = info.dtype.is_floating_point
-            dtype = self.dtype if self.dtype is not None and floating else info.dtype
-            return [(name, dtype, info.shape)]
-        if self.dtype is not None:
-            return [(name, self.dtype, tensors[f"{home}_qdata"].shape)]
-        parts = [(suffix, tensors[f"{home}_{suffix}"]) for suffix in SUFFIXES]
-        wide = {"absmax": torch.float32}
-        return [(f"{name}_{suffix}", wide.get(suffix, info.dtype), info.shape) for suffix, info in parts]
-
-    def _made(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a parameter as they are written, the adapter merged in."""
-        home = self.homes[name]
-        if name in self.adapter.values:
-            self.result.changed.append(name)
-            value = self.adapter.file.get_tensor(self.adapter.values[name])
-            kept = self.source.tensors[home].dtype
-            return {name: value.to(self.dtype or kept)}
-        changed = name in self.adapter.sides
-        if not self._is_packed(home):
-            value = self.source.read(home)
-            if changed:
-                self.result.changed.append(name)
-                module = self.model.get_submodule(name.rpartition(".")[0])
-                turned = holds_transpose(module) and not self.adapter.is_stack(name)
-                value = self._merged(name, value.float(), turned).to(value.dtype)
-            return {name: value.to(self.dtype) if self.dtype and value.is_floating_point() else value}
-        qdata, absmax, code = (self.source.read(f"{home}_{suffix}") for suffix in SUFFIXES)
-        if not changed and self.dtype is None:
-            return {f"{name}_{suffix}": t for suffix, t in zip(SUFFIXES, (qdata, absmax, code), strict=True)}
-        block_size = stored_block_size(qdata.shape[-1], absmax.shape[-1], self.config.block_size or 64)
-        weight = OctavoTensor.from_packed(Packed(qdata, absmax, code, block_size), torch.float32)
-        dense = weight.dequantize()
-        if changed:
-            self.result.changed.append(name)
-            # Rows of what is stored are outputs, as PEFT's are for layers; it takes stacks as the model has them.
-            dense = self._merged(name, dense, self.adapter.is_stack(name) and self._entry(name).transposed)
-        if self.dtype is not None:
-            return {name: self._as_in_the_model(name, dense).to(self.dtype)}
-        return self._packed_anew(name, dense, block_size)
-
-    def _merged(self, name: str, weight: torch.Tensor, turned: bool) -> torch.Tensor:
-        """A float32 weight with the adapter in it; `turned`: the adapter has it the other way round."""
-        rows = self.adapter.merged(name, weight.mT if turned else weight)
-        return rows.mT.contiguous() if turned else rows
-
-    def _entry(self, name: str) -> Entry:
-        return next(e for e in self.entries.values() if name in (e.name, *e.aliases))
-
-    def _as_in_the_model(self, name: str, dense: torch.Tensor) -> torch.Tensor:
-        return dense.mT.contiguous() if self._entry(name).transposed else dense
-
-    def _packed_anew(self, name: str, dense: torch.Tensor, block_size: int) -> dict[str, torch.Tensor]:
-        config = OctavoConfig(self.config.codebook, block_size, scales=self.config.scales)
-        packed = quantize_parameter(dense, config, name)
-        stored = OctavoTensor.from_packed(packed, torch.float32).dequantize()
-        self.result.error += float((stored - dense).double().square().sum())
-        self.result.power += float(dense.double().square().sum())
-        return {f"{name}_{suffix}": t for suffix, t in zip(SUFFIXES, packed[:3], strict=True)}
-
-    def _write_config(self) -> None:
-        config = dict(self.source.config)
-        if self.dtype is not None:
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of the merged model."""
+        config = dict(self._inner.config)
+        if self.float_type is not None:
             del config["quantization_config"]
-            config["dtype"] = str(self.dtype).removeprefix("torch.")
-            config.pop("torch_dtype", None)
-        if self.result.untied:
+            config["dtype"] = str(self.float_type).removeprefix("torch.")
+        if self.untied:
             config["tie_word_embeddings"] = False
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (self.out / "config.json").write_text(text, encoding="utf-8")
+        return config
+
+    def transforms(self, model: Any) -> list[Any]:
+        return []
+
+    def refit_config(self, name: str) -> OctavoConfig:
+        return OctavoConfig(self.options.codebook, self.quantized[name], scales=self.options.scales)
+
+    def keeps(self, name: str, transposed: bool) -> bool:
+        return name not in self.changed
+
+    def read_packed(self, name: str) -> Packed | None:
+        return self._inner.read_packed(self._homes[name])
+
+    def _is_turned(self, name: str) -> bool:
+        return holds_transpose(self.model.get_submodule(name.rpartition(".")[0]))
+
+    def read(self, name: str) -> torch.Tensor:
+        """A parameter with the adapter in it, as the model holds it; float32, or of the type asked for."""
+        home, wanted = self._homes[name], self.tensors[name].dtype
+        if name in self.adapter.values:
+            return self.adapter.file.get_tensor(self.adapter.values[name]).to(wanted)
+        value, turned = self._inner.read(home), self._is_turned(name)
+        if home in self._inner.quantized and turned:
+            value = value.mT
+        if name in self.adapter.sides:
+            # PEFT has layers' weights with outputs as rows, and stacks as the model has them.
+            turned = turned and not self.adapter.is_stack(name)
+            rows = self.adapter.merged(name, (value.mT if turned else value).float())
+            value = rows.mT if turned else rows
+        return value.to(wanted).contiguous()
+
+    def release(self, name: str) -> None:
+        self._inner.release(self._homes[name])
