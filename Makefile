@@ -43,7 +43,7 @@ $(DATA)/.fetched: $(INSTALLED)
 	@test -f $(MINILM) && test -f $(GGUF) && touch $@
 
 test-all: $(INSTALLED) $(DATA)/.fetched  ## every test: also the slow ones, on real weights it fetches, and sanitizers
-	$(PIP) install -q -c constraints.txt lm-eval
+	$(PIP) install -q -c constraints.txt lm-eval sentence-transformers
 	OCTAVO_TEST_MINILM=$(abspath $(MINILM)) OCTAVO_TEST_GGUF=$(abspath $(GGUF)) OCTAVO_REQUIRE_LM_EVAL=1 \
 		$(BIN)/python -m pytest -q -m 'not gpu'
 

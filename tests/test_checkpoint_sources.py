@@ -136,6 +136,7 @@ REPOSITORY = [
 def test_only_what_is_needed_is_downloaded():
     wanted = wanted_files(REPOSITORY)
     assert sorted(wanted) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model-00001-of-00002.safetensors",

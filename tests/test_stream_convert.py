@@ -142,12 +142,10 @@ def test_auxiliary_files_come_along(tmp_path):
     save("llama", tmp_path / "plain")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
         (tmp_path / "plain" / name).write_text(name)
-    (tmp_path / "plain" / "README.md").write_text("of the original")
     convert(tmp_path / "plain", tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
         assert (tmp_path / "out" / name).read_text() == name
     assert (tmp_path / "out" / "generation_config.json").exists()
-    assert not (tmp_path / "out" / "README.md").exists()
     assert not list((tmp_path / "out").glob("octavo-journal*"))
 
 

@@ -7,10 +7,13 @@ Example:
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .errors import CheckpointError
+from .side_files import SENTENCE_MODULES, SIDECARS, choose_side_files, sentence_parts
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -36,13 +39,33 @@ class Location:
     index: Path | None = None
 
 
-def locate(src: str | Path, revision: str | None = None) -> Location:
+@dataclass(frozen=True)
+class Hub:
+    """What is wanted of a hub id.
+
+    Attributes:
+        revision: branch, tag or commit.
+        subfolder: the folder of the model within the repository (or within a local folder).
+        trust_remote_code: whether code (*.py) is wanted as well.
+        options: what huggingface_hub's download takes: cache_dir, token, force_download, local_files_only.
+    """
+
+    revision: str | None = None
+    subfolder: str = ""
+    trust_remote_code: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+NEWEST = Hub()
+
+
+def locate(src: str | Path, hub: Hub = NEWEST) -> Location:
     """Find the files of a checkpoint.
 
     Args:
         src: a folder, a file, or a hub id, which is downloaded into the hub's cache (only the files that are
             needed).
-        revision: branch, tag or commit, for a hub id.
+        hub: how a hub id is downloaded; its sub-folder also counts for a folder.
 
     Raises:
         CheckpointError: if there is no checkpoint there.
@@ -51,13 +74,13 @@ def locate(src: str | Path, revision: str | None = None) -> Location:
     if path.is_file():
         return _locate_file(path)
     if path.is_dir():
-        return _locate_in_folder(path)
+        return _locate_in_folder(path / hub.subfolder)
     text = str(src)
     repository, _, name = text.rpartition("/")
     if text.endswith(".gguf") and HUB_ID.match(repository) and not path.is_absolute():
-        return _locate_file(download(repository, revision, only=name) / name)
+        return _locate_file(download(repository, hub, only=name) / name)
     if HUB_ID.match(text) and not path.is_absolute() and not text.startswith("."):
-        return _locate_in_folder(download(text, revision))
+        return _locate_in_folder(download(text, hub) / hub.subfolder)
     raise CheckpointError(f"{src}: no such file or folder, and not a hub id of the form organization/name")
 
 
@@ -81,6 +104,8 @@ def _locate_file(path: Path) -> Location:
 
 
 def _locate_in_folder(folder: Path) -> Location:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     # Safetensors first: where a folder has both, they hold the same weights and a pickle is slower to open.
     for format_, index, single, suffixes in (
         ("safetensors", SAFETENSORS_INDEX, "model.safetensors", (".safetensors",)),
@@ -133,23 +158,22 @@ def _require_all_shards(folder: Path, found: list[Path]) -> None:
         )
 
 
-def download(repository: str, revision: str | None = None, only: str | None = None) -> Path:
+def download(repository: str, hub: Hub = NEWEST, only: str | None = None) -> Path:
     """Bring what is needed of a hub repository into the hub's cache; returns the folder.
 
     Args:
         repository: "organization/name".
-        revision: branch, tag or commit.
+        hub: which revision of it, which sub-folder, and what huggingface_hub has to know.
         only: one file, instead of the weights in the best format there.
 
     Raises:
         CheckpointError: if the repository cannot be reached and is not in the cache, or holds no weights.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -159,12 +183,23 @@ def download(repository: str, revision: str | None = None, only: str | None = No
     # own errors descend from.
     network = next((base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"), OSError)
     unreachable_errors: tuple[type[BaseException], ...] = (OSError, OfflineModeIsEnabled, network)
+    revision, options = hub.revision, dict(hub.options)
+    if options.pop("local_files_only", False):
+        return _cached(repository, hub, "local_files_only is set")
     try:
-        files = HfApi().list_repo_files(repository, revision=revision)
-        patterns = [only] if only else wanted_files(files)
-        if not patterns:
+        token = {"token": options["token"]} if "token" in options else {}
+        files = HfApi(**token).list_repo_files(repository, revision=revision)
+        within = f"{hub.subfolder}/" if hub.subfolder else ""
+        files = [name.removeprefix(within) for name in files if name.startswith(within)]
+        parts: list[str] = []
+        if SENTENCE_MODULES in files and not only:
+            modules = hf_hub_download(repository, within + SENTENCE_MODULES, revision=revision, **options)
+            parts = sentence_parts(Path(modules))
+        wanted = [only] if only else wanted_files(files, parts, hub.trust_remote_code)
+        if not wanted:
             raise CheckpointError(f"{repository} on the hub holds no safetensors, .bin or GGUF weights")
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        patterns = [within + name for name in wanted]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, **options))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repository} is gated: accept its terms on the hub, then `hf auth login`"
@@ -175,38 +210,42 @@ def download(repository: str, revision: str | None = None, only: str | None = No
             f"{repository}: no such file or folder here, and no such repository{at} on the hub"
         ) from error
     except unreachable_errors as unreachable:
-        try:
-            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        except (LocalEntryNotFoundError, OSError) as error:
-            raise CheckpointError(
-                f"{repository}: no such file or folder here, the hub cannot be reached "
-                f"({type(unreachable).__name__}), and its cache does not hold it; "
-                "check the path, or connect once to download it"
-            ) from error
+        return _cached(repository, hub, f"the hub cannot be reached ({type(unreachable).__name__})")
 
 
-def wanted_files(files: list[str]) -> list[str]:
-    """Of a repository's files, those that a conversion needs: one format of weights, config.json, tokenizer.
+def _cached(repository: str, hub: Hub, why: str) -> Path:
+    """The folder of a repository in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    Only files at the top: sub-folders hold other formats or other models.
+    options = {**hub.options, "local_files_only": True}
+    try:
+        return Path(snapshot_download(repository, revision=hub.revision, **options))
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{repository}: no such file or folder here, {why}, and its cache does not hold it; check the path, or connect "
+            "once to download it"
+        ) from error
+
+
+def wanted_files(files: list[str], parts: Iterable[str] = (), trust_remote_code: bool = False) -> list[str]:
+    """Of a repository's files, those that a conversion needs: one format of weights, config.json, and what belongs to the
+    model besides (`octavo.checkpoint.side_files`).
+
+    Weights only at the top: sub-folders hold other formats or other models.
     """
-    from fnmatch import fnmatch
-
-    from .source import AUXILIARY_PATTERNS
-
     top = [name for name in files if "/" not in name]
-    aside = [n for n in top if n == "config.json" or any(fnmatch(n, p) for p in AUXILIARY_PATTERNS)]
-    templates = [name for name in files if name.startswith("chat_templates/")]
+    aside = choose_side_files(files, parts, trust_remote_code)
     for weights in (
         [n for n in top if n.startswith("model") and n.endswith((".safetensors", ".safetensors.index.json"))],
         [n for n in top if n.startswith("pytorch_model") and n.endswith((".bin", ".bin.index.json"))],
         [n for n in top if n.endswith(".safetensors")],
     ):
         if weights:
-            return weights + aside + templates
+            return weights + [name for name in top if name in ("config.json", *SIDECARS)] + aside
     ggufs = [n for n in top if n.endswith(".gguf")]
     if len(ggufs) > 1:
         raise CheckpointError(
             "the repository holds several GGUF files; append one to its id: " + ", ".join(sorted(ggufs))
         )
-    return ggufs + aside + templates if ggufs else []
+    return ggufs

@@ -16,11 +16,12 @@ Example:
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .bin_source import BinSource
 from .errors import CheckpointError
 from .gguf_source import GgufSource
-from .locate import Location, locate
+from .locate import Hub, Location, locate
 from .octavo_source import OctavoSource
 from .packed_source import PackedSource
 from .packing import find_packed
@@ -29,19 +30,32 @@ from .safetensors_source import SafetensorsSource
 from .source import Source, read_config
 
 
-def open_source(src: str | Path, *, revision: str | None = None) -> Source:
+def open_source(
+    src: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    subfolder: str = "",
+    **hub_options: Any,
+) -> Source:
     """Open a checkpoint for lazy reading.
 
     Args:
         src: a folder; a .safetensors, .bin or .gguf file; a hub id ("org/name", or "org/name/file.gguf").
         revision: branch, tag or commit of a hub id.
+        trust_remote_code: whether code in the checkpoint's folder (*.py) may be run by transformers, and comes along with a
+            conversion.
+        subfolder: the model's folder within `src`.
+        hub_options: what huggingface_hub's `snapshot_download` takes: cache_dir, token, force_download, local_files_only.
 
     Raises:
         CheckpointError: if nothing is found there, files are missing, damaged or dangerous, or the weights
             are packed by a method that Octavo does not read.
     """
-    location = locate(src, revision)
-    return GgufSource(location.files[0]) if location.format == "gguf" else open_files(location)
+    location = locate(src, Hub(revision, subfolder, trust_remote_code, hub_options))
+    source = GgufSource(location.files[0]) if location.format == "gguf" else open_files(location)
+    source.trust_remote_code = trust_remote_code
+    return source
 
 
 def open_files(location: Location) -> Source:

@@ -110,7 +110,7 @@ class PackedSource(SourceOver):
         return config
 
     def model_config(self) -> Any:
-        config = self._inner.model_config()
+        config = super().model_config()
         for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
             for key in ("quantization_config", "compression_config"):
                 if getattr(part, key, None) is not None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
+from .side_files import SIDECARS
 from .source import Source, TensorInfo, read_config
 
 FLOAT8 = tuple(
@@ -33,9 +34,8 @@ FLOAT8 = tuple(
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
     if hasattr(torch, name)
 )
-# Keys of config.json, at its top or in a part of it, and files beside it, that say that weights are packed.
+# Keys of config.json, at its top or in a part of it, that say that weights are packed.
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-SIDECARS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 # Ends of names that only one method writes → the method, for the error's sake.
 SIGNS = {
     ".qweight": "GPTQ or AWQ",

@@ -15,7 +15,6 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,28 +24,11 @@ import torch
 from ..config import OctavoConfig
 from ..quantizer import Packed
 from .errors import CheckpointError
+from .side_files import side_files
 
 COMPUTING_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Where the configuration of a model of several parts keeps that of its language model.
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder")
-# What a tokenizer, a generation or a processor may consist of, and the licence the weights came under.
-AUXILIARY_PATTERNS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-)
 
 
 @dataclass(frozen=True)
@@ -85,6 +67,7 @@ class Source:
         quantized: names of weights that are stored in 8-bit blocks → block size; else empty.
         adapters: module name → (A, B), low-rank additions stored beside the weights (published checkpoints).
         dropped: names found in the files that are no parameters, and are left out on purpose.
+        trust_remote_code: whether code in the folder may be run and comes along; said by who opens it.
     """
 
     kind: str
@@ -100,6 +83,7 @@ class Source:
         self.quantized: dict[str, int] = {}
         self.adapters: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.dropped: list[str] = []
+        self.trust_remote_code = False
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -122,8 +106,8 @@ class Source:
         self.config  # noqa: B018  (its own error, if it is missing, is the clearer one)
         try:
             # Said explicitly: transformers would otherwise ask on the terminal whether to run the checkpoint's code.
-            return AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
-        except (ValueError, KeyError, OSError) as error:
+            return AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self.trust_remote_code)
+        except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
             raise CheckpointError(
                 f"{self.folder / 'config.json'}: transformers cannot make a model of this: "
                 f"{_first_line(error)}"
@@ -187,24 +171,16 @@ class Source:
         return None
 
     def auxiliary_files(self) -> list[Path]:
-        """Files of the folder that belong to the model besides weights and config.json: tokenizer and the like."""
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in AUXILIARY_PATTERNS)
-        )
+        """Files of the folder, sub-folders included, that belong to the model besides weights and config.json."""
+        return side_files(self.folder, self.trust_remote_code)
 
     def save_auxiliary(self, out: Path) -> list[str]:
         """Write what belongs to the model besides weights and config.json into the folder `out`; returns names."""
-        copied = []
-        for path in self.auxiliary_files():
-            shutil.copyfile(path, out / path.name)
-            copied.append(path.name)
-        templates = self.folder / "chat_templates"
-        if templates.is_dir():
-            shutil.copytree(templates, out / "chat_templates", dirs_exist_ok=True)
-            copied.append("chat_templates")
-        return copied
+        names = [path.relative_to(self.folder) for path in self.auxiliary_files()]
+        for name in names:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / name, out / name)
+        return [name.as_posix() for name in names]
 
     @property
     def nbytes(self) -> int:
@@ -229,6 +205,7 @@ class SourceOver(Source):
         self._inner = inner
 
     def model_config(self) -> Any:
+        self._inner.trust_remote_code = self.trust_remote_code
         return self._inner.model_config()
 
     def read(self, name: str) -> torch.Tensor:
@@ -236,9 +213,6 @@ class SourceOver(Source):
 
     def release(self, name: str) -> None:
         self._inner.release(name)
-
-    def auxiliary_files(self) -> list[Path]:
-        return self._inner.auxiliary_files()
 
     def close(self) -> None:
         self._inner.close()

@@ -31,7 +31,7 @@ def quantize(
         typer.Argument(
             metavar="SOURCE",
             help="What to convert: a folder or a Hugging Face id (safetensors, or .bin), a published 8-bit checkpoint, "
-            "or a GGUF file.",
+            "FP8, MXFP4 or int8 weights, or a GGUF file.",
             show_default=False,
         ),
     ],
@@ -72,6 +72,13 @@ def quantize(
         ),
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights: 5GB, 500MB, ...")] = "5GB",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Let transformers run code (*.py) of SOURCE, and copy it. Only for sources that you trust.",
+        ),
+    ] = False,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,8 +95,8 @@ def quantize(
     """Convert SOURCE to 8 bits and write it to OUT.
 
     Weights are read one at a time in their own precision, so memory holds a few times the largest one, never
-    the model. Interrupted, by Ctrl-C or a full disk, the same command goes on where it stopped and ends in
-    the same bytes.
+    the model. The tokenizer and everything else small in SOURCE come along. Interrupted, by Ctrl-C or a full disk, the
+    same command goes on where it stopped and ends in the same bytes.
 
     A published 8-bit checkpoint keeps its numbers exactly, unless --codebook or --block-size asks for others.
 
@@ -131,7 +138,7 @@ def quantize(
                 f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
             )
             with messages.status(f"Opening {source}"):
-                opened = open_source(source)
+                opened = open_source(source, trust_remote_code=trust_remote_code)
             with opened, bytes_progress(messages) as progress:
                 result = convert(
                     opened,
@@ -144,10 +151,7 @@ def quantize(
                     progress=progress,
                 )
     except KeyboardInterrupt:
-        messages.print(
-            f"Stopped. The same command goes on where it stopped; the work so far is in {out}.partial",
-            soft_wrap=True,
-        )
+        messages.print("Stopped. The same command goes on where it stopped.")
         raise typer.Exit(130) from None
     _show(result, opened.kind, calibration)
 
