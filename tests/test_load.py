@@ -1,4 +1,4 @@
-"""`octavo.load` and `octavo.compat`: every kind of source in one call."""
+"""`octavo.load`: every kind of source in one call."""
 
 import json
 
@@ -69,27 +69,6 @@ def test_published_adapters_can_be_switched_off(tmp_path):
     assert model.active_adapters() == ["published"]
     model.disable_adapters()
     assert (logits(model) - with_adapter).abs().max() > 1e-2
-
-
-def test_the_model_cards_snippet_runs_with_one_line_changed(tmp_path):
-    expected = publish(tiny_gptj(64), tmp_path)
-    code = f"""
-import transformers, torch
-from octavo.compat import GPTJBlock, GPTJForCausalLM
-transformers.models.gptj.modeling_gptj.GPTJBlock = GPTJBlock
-model = GPTJForCausalLM.from_pretrained({str(tmp_path)!r}, low_cpu_mem_usage=True)
-model.to("cpu")
-"""
-    scope: dict = {}
-    exec(code, scope)
-    torch.testing.assert_close(logits(scope["model"]), logits(expected), rtol=0, atol=1e-5)
-
-
-def test_compat_names_an_option_it_does_not_know(tmp_path):
-    from octavo.compat import GPTJForCausalLM
-
-    with pytest.raises(TypeError, match="load_in_8bit"):
-        GPTJForCausalLM.from_pretrained(tmp_path, load_in_8bit=True)
 
 
 def test_plain_model_is_quantized_while_loading_and_reloads_bit_for_bit(tmp_path):

@@ -75,7 +75,7 @@ def load(
         else:
             from .checkpoint.build import build_model
 
-            model = build_model(source, config or OctavoConfig(), asked, device)
+            model = build_model(source, config or OctavoConfig(), asked, {"": str(device)})
         from .integrations.attention import use_grouped_attention
 
         use_grouped_attention(model)

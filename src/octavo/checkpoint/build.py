@@ -9,11 +9,11 @@ Example:
     >>> from octavo.checkpoint import open_source
     >>> from octavo.checkpoint.build import build_model
     >>> with open_source("hivemind/gpt-j-6B-8bit") as source:  # doctest: +SKIP
-    ...     model = build_model(source, OctavoConfig(), torch.float16, torch.device("cuda"))
+    ...     model = build_model(source, OctavoConfig(), torch.float16, "cuda")
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -28,19 +28,36 @@ from .source import Source
 from .units import Unit, plan_units
 
 
-def build_model(source: Source, config: OctavoConfig | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """Build the model of a checkpoint on `device`, its matrices in 8 bits.
+def build_model(
+    source: Source,
+    config: OctavoConfig | None,
+    dtype: torch.dtype,
+    device_map: Any,
+    *,
+    model_config: Any = None,
+    changes: dict[str, Any] | None = None,
+    arguments: Iterable[Any] = (),
+    **options: Any,
+) -> Any:
+    """Build the model of a checkpoint, its matrices in 8 bits.
 
     Args:
         source: an open checkpoint; weights that it holds in 8 bits keep their bytes.
         config: how the other matrices are quantized; None: nothing is, and the model is a float one.
         dtype: computing type, also that of the parameters that stay in float.
+        device_map: as transformers takes it: a device, or modules → devices.
+        model_config: a transformers configuration in place of the checkpoint's own.
+        changes: options of the user that also change the generation's configuration, where they are some of it.
+        arguments, options: further ones of transformers' `from_pretrained`.
+
+    Returns:
+        What `from_pretrained` returns: the model, or with `output_loading_info` a tuple of it and a dictionary.
 
     Raises:
         CheckpointError: if the checkpoint and its config.json do not fit together.
         ValueError: on NaN or infinity in a weight, naming it.
     """
-    model_config = source.model_config()
+    model_config = source.model_config() if model_config is None else model_config
     if config is not None:
         config = source.own_config(config)
     skeleton = build_skeleton(model_config)
@@ -58,14 +75,20 @@ def build_model(source: Source, config: OctavoConfig | None, dtype: torch.dtype,
                     state[f"{output.stored}_{suffix}"] = Lazy(partial(reader.part, output, index))
     if config is not None:
         model_config.quantization_config = config.to_dict()
-    model = model_class_of(model_config).from_pretrained(
-        None, config=model_config, state_dict=state, dtype=dtype, device_map={"": str(device)}
+    loaded = model_class_of(model_config).from_pretrained(
+        None, *arguments, config=model_config, state_dict=state, dtype=dtype, device_map=device_map, **options
     )
-    if model.can_generate() and source.folder / "generation_config.json" in source.auxiliary_files():
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    given = options.get("generation_config") is not None
+    if (
+        model.can_generate()
+        and not given
+        and source.folder / "generation_config.json" in source.auxiliary_files()
+    ):
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
-    return model
+        model.generation_config = GenerationConfig.from_pretrained(str(source.folder), **(changes or {}))
+    return loaded
 
 
 class Lazy:

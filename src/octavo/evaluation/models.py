@@ -54,7 +54,7 @@ def load_as_it_is(
                 )
             asked = _dtype(dtype) or computing_type(source.dtype, place)
             if source.kind == "packed":
-                return build_model(source, None, asked, place).eval()
+                return build_model(source, None, asked, {"": str(place)}).eval()
             model = model_class_of(source.model_config()).from_pretrained(
                 str(source.folder), dtype=asked, device_map={"": str(place)}, **source.pretrained_options
             )
