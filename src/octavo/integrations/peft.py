@@ -60,7 +60,7 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
         # The first of PEFT's lines is a heading, each that follows names a tensor.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise _not_of_this_model(adapter, (lines[1:] or lines or [type(error).__name__])[0]) from error
-    homeless = [key for key in loaded.unexpected_keys if "lora_" in key or "modules_to_save" in key]
+    homeless = [key for key in loaded.unexpected_keys if _changes_what_is_not_there(key, wrapped)]
     if homeless or loaded.missing_keys:
         place = (homeless or loaded.missing_keys)[0].removeprefix("base_model.model.").partition(".lora_")[0]
         why = (
@@ -72,6 +72,17 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
     # What transformers' own functions for adapters ask for.
     model.peft_config = {name: wrapped.peft_config[name]}
     model._hf_peft_config_loaded = True
+
+
+def _changes_what_is_not_there(key: str, wrapped: Any) -> bool:
+    """Whether a tensor that PEFT found no place for belongs to a layer that the model lacks.
+
+    With `bias="all"` PEFT writes the biases of layers trained whole twice, also as `LAYER.modules_to_save.bias`, and reads one.
+    """
+    layer, trained_whole, _ = key.partition(".modules_to_save")
+    if trained_whole:
+        return layer not in dict(wrapped.named_modules())
+    return "lora_" in key
 
 
 def _not_of_this_model(adapter: str | Path, why: str) -> ValueError:
