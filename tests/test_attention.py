@@ -1,7 +1,15 @@
 """Attention of one token with shared keys: the numbers are those of transformers' own "sdpa"."""
 
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import octavo
@@ -108,3 +116,79 @@ def test_load_asks_for_it_and_saving_forgets_it(tmp_path):
     again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
     assert again.config._attn_implementation == "sdpa"
     assert octavo.load(tmp_path / "saved").config._attn_implementation == attention.NAME
+
+
+@pytest.mark.parametrize("autoload", ["1", "0"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import torch",
+        "import octavo",
+        "import transformers",
+        "import transformers.modeling_utils",
+        "import octavo, transformers.models.llama.modeling_llama",
+        "import octavo.integrations.attention",
+    ],
+)
+def test_a_pickled_model_runs_in_a_process_that_only_unpickles_it(first, autoload, tmp_path):
+    model = llama(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "plain")
+    model = octavo.load(tmp_path / "plain")
+    assert model.config._attn_implementation == attention.NAME
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        f"{first}\nimport sys, torch\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "ids = torch.arange(1, 9)[None]\n"
+        "torch.save(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0), sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "model.pt", tmp_path / "ids.pt"]
+    env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    ids = torch.arange(1, 9)[None]
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(torch.load(tmp_path / "ids.pt"), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_asking_for_the_attention_weights_gives_transformers_own_warning(tokens, monkeypatch):
+    from transformers.integrations import sdpa_attention
+
+    said = []
+    # transformers says it once in a process.
+    monkeypatch.setattr(sdpa_attention.logger, "warning_once", said.append, raising=False)
+    model = llama()
+    model(torch.arange(tokens)[None], output_attentions=True)
+    expected = list(said)
+    attention.use_grouped_attention(model)
+    said.clear()
+    model(torch.arange(tokens)[None], output_attentions=True)
+    assert said == expected and "eager" in said[0]
+
+
+def asking_for_sdpa() -> list[str]:
+    """transformers' modules of models that compare the name of their attention with "sdpa"."""
+
+    def asks(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Compare):
+            return False
+        parts = [ast.unparse(part) for part in (node.left, *node.comparators)]
+        return any("_attn_implementation" in part for part in parts) and any("'sdpa'" in p for p in parts)
+
+    root = Path(transformers.__file__).parent
+    found = []
+    for path in sorted(root.glob("models/*/modeling_*.py")):
+        text = path.read_text()
+        if "sdpa" in text and "_attn_implementation" in text and any(map(asks, ast.walk(ast.parse(text)))):
+            found.append(".".join(("transformers", *path.relative_to(root).with_suffix("").parts)))
+    return found
+
+
+def test_models_that_ask_for_sdpa_by_name_are_left_alone():
+    names = asking_for_sdpa()
+    assert len(names) > 5
+    for name in names:
+        module = importlib.import_module(name)
+        classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name]
+        assert not attention._follows_the_interface(classes[0]), name

@@ -111,3 +111,21 @@ def test_wrong_shapes_and_types_are_left_to_the_checks(weight, device):
             F.linear(x, weight)
     with pytest.raises(ValueError, match="shape of bias"):
         F.linear(torch.randn(2, 96, device=device), weight, torch.zeros(23, device=device))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_results_may_be_changed_in_place_while_training(tokens, dtype, device):
+    """Whatever kernel a number of tokens is given to."""
+    weight = octavo.OctavoTensor.from_float(torch.randn(200, 96, device=device)).to(dtype)
+    for product in (
+        lambda x: F.linear(x, weight),
+        lambda x: x @ weight.T,
+        lambda x: x[..., :1].expand(-1, 200) @ weight,
+    ):
+        x = torch.randn(tokens, 96, device=device, dtype=dtype, requires_grad=True)
+        out = product(x)
+        out += 1
+        out.mul_(2)
+        out.sum().backward()
+        assert x.grad is not None

@@ -1,9 +1,10 @@
-"""Registers Octavo with transformers when, and only when, transformers' quantizers are imported.
+"""Registers Octavo with transformers when, and only when, transformers' quantizers and models are imported.
 
 `import octavo` must stay light (transformers takes seconds to import), and yet
 `AutoModelForCausalLM.from_pretrained(octavo_folder)` must find us afterwards, whichever was imported first. So: if
-transformers is there already, register at once; else wait for the import of the module that holds its table of quantizers. The
-table is filled through transformers' own registration functions; nothing of it is changed.
+transformers is there already, register at once; else wait for the import of the modules that hold its tables: of quantizers,
+and of attention functions, one of which a pickled model from `octavo.load` asks for by name. The tables are filled through
+transformers' own registration functions; nothing of them is changed.
 
 Programs that never import Octavo find its files too (`lm_eval`, `trl`, anybody's script): torch calls `register_when_needed` when
 it is imported, through the entry point that PyTorch offers to extensions (group `torch.backends` in pyproject.toml).
@@ -20,38 +21,44 @@ import importlib.abc
 import importlib.util
 import sys
 
-AWAITED = "transformers.quantizers.auto"
-# Loading a model imports it, after AWAITED.
-LATER = "transformers.modeling_utils"
+QUANTIZERS = "transformers.quantizers.auto"
+# Loading a model imports it, after QUANTIZERS.
+MODELS = "transformers.modeling_utils"
+# Module that is waited for → our modules that register themselves at their end.
+AWAITED = {QUANTIZERS: ["transformers"], MODELS: ["attention"]}
 
 
 def register_when_needed() -> None:
-    """Register now if transformers' quantizers are loaded, else when they are. Calling it twice is harmless."""
-    module = sys.modules.get(AWAITED)
-    if module is None:
-        _await(AWAITED)
-    elif getattr(module.__spec__, "_initializing", False):
-        # AWAITED imports torch, and torch calls us (the entry point in pyproject.toml) before AWAITED is ready.
-        _await(LATER)
-    else:
-        _register()
+    """Register with those of transformers' modules that are loaded, and with the others when they are. Calling it twice is
+    harmless."""
+    for name, ours in AWAITED.items():
+        module = sys.modules.get(name)
+        if module is None:
+            _await(name, ours)
+        elif not getattr(module.__spec__, "_initializing", False):
+            _register(ours)
+        elif name == QUANTIZERS:
+            # It imports torch, and torch calls us (the entry point in pyproject.toml) before it is ready.
+            _await(MODELS, ours)
 
 
-def _await(name: str) -> None:
-    if not any(isinstance(finder, _Awaiter) and finder.awaited == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Awaiter(name))
+def _await(name: str, ours: list[str]) -> None:
+    if not any(isinstance(f, _Awaiter) and (f.awaited, f.ours) == (name, ours) for f in sys.meta_path):
+        sys.meta_path.insert(0, _Awaiter(name, ours))
 
 
-def _register() -> None:
-    # It registers itself at its end. If it is what imports AWAITED just now, it has yet to get there.
-    importlib.import_module(f"{__package__}.transformers")
+def _register(ours: list[str]) -> None:
+    # Each registers itself at its end. If it is what imports the awaited module just now, it has yet to get there.
+    for name in ours:
+        importlib.import_module(f"{__package__}.{name}")
 
 
 class _Awaiter(importlib.abc.MetaPathFinder):
     """Finds the awaited module as usual, and registers after it has run."""
 
-    def __init__(self, awaited: str):
+    def __init__(self, awaited: str, ours: list[str]):
         self.awaited = awaited
+        self.ours = ours
 
     def find_spec(self, fullname, path, target=None):
         if fullname != self.awaited:
@@ -60,22 +67,23 @@ class _Awaiter(importlib.abc.MetaPathFinder):
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return None
-        spec.loader = _AfterLoading(spec.loader)
+        spec.loader = _AfterLoading(spec.loader, self.ours)
         return spec
 
 
 class _AfterLoading(importlib.abc.Loader):
     """Wraps the module's own loader; only adds the registration after it."""
 
-    def __init__(self, loader):
+    def __init__(self, loader, ours: list[str]):
         self.loader = loader
+        self.ours = ours
 
     def create_module(self, spec):
         return self.loader.create_module(spec)
 
     def exec_module(self, module):
         self.loader.exec_module(module)
-        _register()
+        _register(self.ours)
 
     def __getattr__(self, name):
         return getattr(self.loader, name)

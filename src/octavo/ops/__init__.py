@@ -115,14 +115,14 @@ def linear(
     Raises:
         ValueError: on a wrong shape, type or device, saying what was expected and found.
     """
-    return torch.ops.octavo.linear(x, qdata, absmax, code, block_size, bias)
+    return direct.dispatched_linear(x, qdata, absmax, code, block_size, bias)
 
 
 def linear_transposed(
     x: torch.Tensor, qdata: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, block_size: int
 ) -> torch.Tensor:
     """x W for a quantized W [N, K]: [..., N] → [..., K] in x's type. The backward pass of `linear`."""
-    return torch.ops.octavo.linear_transposed(x, qdata, absmax, code, block_size)
+    return direct.dispatched_linear_transposed(x, qdata, absmax, code, block_size)
 
 
 def embedding(

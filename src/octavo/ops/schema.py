@@ -261,7 +261,7 @@ def _backward_linear(ctx, grad):
     return gradients_of_linear(ctx, grad, torch.ops.octavo.linear_transposed)
 
 
-def _save_linear_transposed(ctx, inputs, output):
+def save_linear_transposed(ctx, inputs, output):
     _, qdata, absmax, code, ctx.block_size = inputs
     ctx.save_for_backward(qdata, absmax, code)
 
@@ -280,6 +280,6 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     f"{NAMESPACE}::linear_transposed",
     _backward_linear_transposed,
-    setup_context=_save_linear_transposed,
+    setup_context=save_linear_transposed,
     lib=LIBRARY,
 )

@@ -42,11 +42,11 @@ def copy_(target, source, non_blocking=False):
             if not same_code:
                 target.code.copy_(source.code, non_blocking)
             return target
-    dense = source.dequantize(target.dtype) if isinstance(source, OctavoTensor) else source
+    dense = source.decode(target.dtype) if isinstance(source, OctavoTensor) else source
     dense = torch.broadcast_to(dense, target.shape)
     # Its own values leave it alone: DistributedDataParallel gives every parameter what the first process has.
     known = dense.dtype.is_floating_point and not target.qdata.is_meta and dense.device == target.device
-    if known and torch.equal(dense, target.dequantize(dense.dtype)):
+    if known and torch.equal(dense, target.decode(dense.dtype)):
         return target
     return target.rewrite_(dense)
 
@@ -86,7 +86,7 @@ def set_requires_grad(weight, value):
         raise RuntimeError(FROZEN)
 
 
-@handles(torch.Tensor.data.__set__)  # type: ignore[attr-defined]  # likewise
+@handles(torch.Tensor.data.__set__, with_history=True)  # type: ignore[attr-defined]  # likewise
 def set_data(weight, value):
     """`weight.data = value`.
 
@@ -117,7 +117,7 @@ def _same_storage(one: OctavoTensor, other: OctavoTensor) -> bool:
     )
 
 
-@handles(torch.Tensor.__setitem__)
+@handles(torch.Tensor.__setitem__, with_history=True)
 def set_item(weight, index, value):
     """`weight[index] = value`. Whole rows go through slices that share storage; anything else rewrites the weight."""
     if not isinstance(weight, OctavoTensor) or _whole_rows(weight, index):
@@ -126,7 +126,16 @@ def set_item(weight, index, value):
     count_fallback("Tensor.__setitem__")
     dense = weight.dequantize(torch.float32)
     dense[index] = value.dequantize() if isinstance(value, OctavoTensor) else value
-    weight.rewrite_(dense)
+    if dense.requires_grad:
+        weight.copy_(dense)
+    else:
+        weight.rewrite_(dense)
+
+
+@handles(torch.Tensor.apply_)
+def apply_(weight, callable):
+    """PyTorch would write to the memory of floats, of which there is none."""
+    return weight.rewrite_(weight.decode().apply_(callable))
 
 
 def _whole_rows(weight: OctavoTensor, index: Any) -> bool:

@@ -116,10 +116,33 @@ def new_full(weight, size, fill_value, *, dtype=None, layout=None, device=None, 
     return _plain(weight, size, "full", dtype, device, fill_value)
 
 
+@handles(torch.Tensor.share_memory_, with_history=True)
+def share_memory_(weight):
+    """Its parts go where other processes find them; the floats that it stands for have no memory to share."""
+    for part in (weight.qdata, weight.absmax, weight.code):
+        part.share_memory_()
+    return weight
+
+
+@handles(torch.Tensor.is_shared, with_history=True)
+def is_shared(weight):
+    return weight.qdata.is_shared()
+
+
+@handles(torch.Tensor.storage, with_history=True)
+def storage(weight):
+    """What `safetensors.torch.save_file` and `save_model` ask for."""
+    raise RuntimeError(
+        "an 8-bit weight has no memory of floats that a file could hold under its name: save the model by "
+        "`model.save_pretrained(folder)`, which writes its 8-bit parts, or first make it plain by "
+        "`octavo.dequantize_model(model)`. `torch.save` keeps it as it is"
+    )
+
+
 def _on_floats(function: Callable) -> None:
     """PyTorch refuses `function` to every tensor subclass; on the float values it means what it says."""
 
-    @handles(function)
+    @handles(function, with_history=True)
     def run(weight, *args, **kwargs):
         if not isinstance(weight, OctavoTensor):
             return NotImplemented
@@ -127,5 +150,5 @@ def _on_floats(function: Callable) -> None:
         return function(weight.dequantize(), *args, **kwargs)
 
 
-for _function in (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__):
+for _function in (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__):
     _on_floats(_function)

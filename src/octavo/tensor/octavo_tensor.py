@@ -52,12 +52,15 @@ FROZEN = (
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
+# Handlers of functions that are right as well for a weight with a gradient history (a copy that a trained value was added to);
+# its other functions go PyTorch's way, through autograd.
+WITH_HISTORY: set[Callable[..., Any]] = set()
 
 _fallbacks: Counter[str] = Counter()
 
 
 def handles(
-    *operations: Any, functions: dict[Any, Callable[..., Any]] = FUNCTIONS
+    *operations: Any, functions: dict[Any, Callable[..., Any]] = FUNCTIONS, with_history: bool = False
 ) -> Callable[[Callable], Callable]:
     """Register a handler for functions of torch and for aten operations; None stands for one that this torch has not.
 
@@ -68,7 +71,9 @@ def handles(
         for operation in operations:
             table = OPERATIONS if isinstance(operation, torch._ops.OpOverload) else functions
             table[operation] = handler
-        table.pop(None, None)
+        functions.pop(None, None)
+        if with_history:
+            WITH_HISTORY.add(handler)
         return handler
 
     return register
@@ -179,6 +184,12 @@ class OctavoTensor(Gathers, torch.Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The plain weight in `dtype` (default: the computing type), of this tensor's shape."""
+        if torch.is_grad_enabled() and has_history(self):
+            return _Dequantized.apply(self, dtype)
+        return self.decode(dtype)
+
+    def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`dequantize` for handlers of aten operations, below which there is no autograd."""
         dtype = dtype or self.dtype
         # The kernels know the computing types; any other (float64, integers) is cast from float32.
         computed = dtype if dtype in ops.schema.COMPUTING_TYPES else torch.float32
@@ -281,7 +292,12 @@ class OctavoTensor(Gathers, torch.Tensor):
         handler = FUNCTIONS.get(func)
         # `out=` is rare and wants its own checks: PyTorch's way has them.
         if handler is not None and "out" not in kwargs:
-            result = handler(*args, **kwargs)
+            passed = (
+                torch.is_grad_enabled()
+                and handler not in WITH_HISTORY
+                and has_history(*args, *kwargs.values())
+            )
+            result = NotImplemented if passed else handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         with torch._C.DisableTorchFunctionSubclass():
@@ -294,6 +310,24 @@ class OctavoTensor(Gathers, torch.Tensor):
             with torch.inference_mode(False), torch.no_grad():
                 return _operate(func, args, kwargs or {})
         return _operate(func, args, kwargs or {})
+
+
+def has_history(*values: Any) -> bool:
+    """Whether a gradient is to flow back through one of the weights among `values`."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return any(isinstance(value, OctavoTensor) and value.requires_grad for value in values)
+
+
+class _Dequantized(torch.autograd.Function):
+    """The values of a weight with a history."""
+
+    @staticmethod
+    def forward(ctx, weight, dtype):
+        return ops.direct.no_view(weight.decode(dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 def _operate(func, args, kwargs):
@@ -338,17 +372,15 @@ def fall_back(func, args, kwargs):
             place, key = (kwargs, argument.name) if argument.name in kwargs else (args, position)
             value = place[key] if key in kwargs or position < len(args) else None
             if isinstance(value, OctavoTensor):
-                dense = value.dequantize(_wider(value.dtype, dtype))
+                dense = value.decode(_wider(value.dtype, dtype))
                 changed.append((value, dense))
                 place[key] = dense
             elif isinstance(value, (list, tuple)) and any(isinstance(item, OctavoTensor) for item in value):
-                dense_items = [
-                    item.dequantize() if isinstance(item, OctavoTensor) else item for item in value
-                ]
+                dense_items = [item.decode() if isinstance(item, OctavoTensor) else item for item in value]
                 pairs = zip(value, dense_items, strict=True)
                 changed.extend((item, dense) for item, dense in pairs if isinstance(item, OctavoTensor))
                 place[key] = dense_items
-    args, kwargs = tree_map_only(OctavoTensor, OctavoTensor.dequantize, (tuple(args), dict(kwargs)))
+    args, kwargs = tree_map_only(OctavoTensor, OctavoTensor.decode, (tuple(args), dict(kwargs)))
     result = func(*args, **kwargs)
     for weight, dense in changed:
         weight.rewrite_(dense)

@@ -77,7 +77,7 @@ def view(weight, size):
         return alias(weight)
     # Not a view of the float copy: that of a transposed weight is not contiguous, though `.contiguous()` was asked for.
     count_fallback("aten.view.default")
-    return weight.dequantize().reshape(size)
+    return weight.decode().reshape(size)
 
 
 @handles(aten.as_strided.default)
