@@ -118,16 +118,16 @@ def test_load_asks_for_it_and_saving_forgets_it(tmp_path):
     assert octavo.load(tmp_path / "saved").config._attn_implementation == attention.NAME
 
 
-@pytest.mark.parametrize("autoload", ["1", "0"])
 @pytest.mark.parametrize(
-    "first",
+    ("first", "autoload"),
     [
-        "import torch",
-        "import octavo",
-        "import transformers",
-        "import transformers.modeling_utils",
-        "import octavo, transformers.models.llama.modeling_llama",
-        "import octavo.integrations.attention",
+        ("import torch", "1"),
+        ("import torch", "0"),
+        ("import octavo", "1"),
+        ("import transformers.modeling_utils", "1"),
+        ("import transformers.modeling_utils", "0"),
+        ("import octavo, transformers.models.llama.modeling_llama", "1"),
+        ("import octavo.integrations.attention", "1"),
     ],
 )
 def test_a_pickled_model_runs_in_a_process_that_only_unpickles_it(first, autoload, tmp_path):

@@ -21,42 +21,42 @@ import importlib.abc
 import importlib.util
 import sys
 
-QUANTIZERS = "transformers.quantizers.auto"
-# Loading a model imports it, after QUANTIZERS.
-MODELS = "transformers.modeling_utils"
-# Module that is waited for → our modules that register themselves at their end.
-AWAITED = {QUANTIZERS: ["transformers"], MODELS: ["attention"]}
+# Module that is waited for → our module that registers itself at its end.
+AWAITED = {"transformers.quantizers.auto": "transformers", "transformers.modeling_utils": "attention"}
 
 
 def register_when_needed() -> None:
     """Register with those of transformers' modules that are loaded, and with the others when they are. Calling it twice is
     harmless."""
     for name, ours in AWAITED.items():
-        module = sys.modules.get(name)
-        if module is None:
-            _await(name, ours)
-        elif not getattr(module.__spec__, "_initializing", False):
-            _register(ours)
-        elif name == QUANTIZERS:
+        if name not in sys.modules:
+            _await(_Awaiter(name, ours))
+        elif _is_loading(name):
             # It imports torch, and torch calls us (the entry point in pyproject.toml) before it is ready.
-            _await(MODELS, ours)
+            _await(_NextLookUp(name, ours))
+        else:
+            _register(ours)
 
 
-def _await(name: str, ours: list[str]) -> None:
-    if not any(isinstance(f, _Awaiter) and (f.awaited, f.ours) == (name, ours) for f in sys.meta_path):
-        sys.meta_path.insert(0, _Awaiter(name, ours))
+def _is_loading(name: str) -> bool:
+    # Not there any more: its import failed, and may be tried again.
+    return name not in sys.modules or getattr(sys.modules[name].__spec__, "_initializing", False)
 
 
-def _register(ours: list[str]) -> None:
-    # Each registers itself at its end. If it is what imports the awaited module just now, it has yet to get there.
-    for name in ours:
-        importlib.import_module(f"{__package__}.{name}")
+def _await(finder: "_Awaiter") -> None:
+    if not any(type(f) is type(finder) and vars(f) == vars(finder) for f in sys.meta_path):
+        sys.meta_path.insert(0, finder)
+
+
+def _register(ours: str) -> None:
+    # It registers itself at its end. If it is what imports the awaited module just now, it has yet to get there.
+    importlib.import_module(f"{__package__}.{ours}")
 
 
 class _Awaiter(importlib.abc.MetaPathFinder):
     """Finds the awaited module as usual, and registers after it has run."""
 
-    def __init__(self, awaited: str, ours: list[str]):
+    def __init__(self, awaited: str, ours: str):
         self.awaited = awaited
         self.ours = ours
 
@@ -71,10 +71,20 @@ class _Awaiter(importlib.abc.MetaPathFinder):
         return spec
 
 
+class _NextLookUp(_Awaiter):
+    """Finds nothing; registers when a further module of transformers (or code that came with a model, `transformers_modules`) is
+    looked for after the awaited one is ready. No model is unpickled or loaded before that."""
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname.startswith("transformers") and not _is_loading(self.awaited):
+            sys.meta_path.remove(self)
+            _register(self.ours)
+
+
 class _AfterLoading(importlib.abc.Loader):
     """Wraps the module's own loader; only adds the registration after it."""
 
-    def __init__(self, loader, ours: list[str]):
+    def __init__(self, loader, ours: str):
         self.loader = loader
         self.ours = ours
 
