@@ -12,7 +12,7 @@
 namespace octavo {
 namespace {
 
-constexpr float kHistogramUnit = 1073741824.0f;  // 2^30, as in reference.py
+constexpr float kHistogramUnit = 16384.0f, kHistogramCap = 256.0f;  // as in reference.py
 
 Search search_of(const float* code) {
   float middle[255];
@@ -142,9 +142,13 @@ bool histogram(const Kernels& k, const Weight& weight, int64_t block, int64_t bi
       for (int64_t i = 0; i < rows * per_row; i++) found[i] = from_float16(round_up_to_float16(found[i]));
   });
   if (!finite.load()) return false;
-  float largest = 0.0f;
-  for (int64_t i = 0; i < weight.rows * per_row; i++) largest = std::max(largest, scales[i]);
-  if (!(largest > 0.0f)) return true;
+  std::vector<float> positive;
+  for (int64_t i = 0; i < weight.rows * per_row; i++)
+    if (scales[i] > 0.0f) positive.push_back(scales[i]);
+  if (positive.empty()) return true;
+  const auto middle = positive.begin() + static_cast<std::ptrdiff_t>((positive.size() - 1) / 2);
+  std::nth_element(positive.begin(), middle, positive.end());
+  const float median = *middle;
 
   // Integer counts: their sum does not depend on which thread counted what.
   std::vector<std::vector<int64_t>> counted(static_cast<size_t>(split.threads));
@@ -156,7 +160,7 @@ bool histogram(const Kernels& k, const Weight& weight, int64_t block, int64_t bi
     const float* found = scales.get() + row0 * per_row;
     int64_t* masses = mass_memory.get<int64_t>(n);
     for (int64_t i = 0; i < n; i++) {
-      const float ratio = found[i] / largest;
+      const float ratio = std::min(found[i] / median, kHistogramCap);
       masses[i] = std::llrint(ratio * ratio * kHistogramUnit);
     }
     k.count(row_of(weight, row0), weight.type, rows, columns, {found, false, shape.block, per_row}, masses, bins,

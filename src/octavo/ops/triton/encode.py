@@ -98,7 +98,7 @@ def quantize_kernel(
 def histogram_kernel(
     weight_ptr,
     absmax_ptr,
-    largest_ptr,
+    median_ptr,
     counts_ptr,
     count,
     blocks,
@@ -106,6 +106,7 @@ def histogram_kernel(
     bins,
     half_bins,
     unit,
+    cap,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -114,8 +115,8 @@ def histogram_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     weight, _, inside, b = _load_blocks(weight_ptr, first, count, blocks, columns, SIZE, PADDED, BLOCKS)
     scale = tl.load(absmax_ptr + b, mask=b < count, other=0.0).to(tl.float32)
-    largest = tl.load(largest_ptr)
-    ratio = tl.div_rn(scale, tl.zeros_like(scale) + largest)
+    median = tl.load(median_ptr)
+    ratio = tl.minimum(tl.div_rn(scale, tl.zeros_like(scale) + median), cap)
     mass = ratio * ratio * unit
     # To the nearest integer, halves to even: adding 2^23 leaves no room for a fraction, and beyond is none.
     mass = tl.where(mass < 8388608.0, (mass + 8388608.0) - 8388608.0, mass).to(tl.int64)
@@ -191,10 +192,10 @@ def histogram(weight, block_size, bins, absmax_dtype):
         return reference.histogram(weight, block_size, bins, absmax_dtype)
     weight = _computing_type(weight)
     absmax = _scales("histogram", weight, block_size, absmax_dtype)
-    largest = absmax.to(torch.float32).amax()
+    median = reference.median_scale(absmax)
     counts = torch.zeros((HISTOGRAM_COPIES, bins), dtype=torch.int64, device=weight.device)
     # A matrix of zeros has no scale to compare with; its counts are zeros whatever we divide by.
-    divisor = torch.where(largest > 0, largest, torch.ones_like(largest))
+    divisor = torch.where(median > 0, median, torch.ones_like(median))
     count, blocks, columns, shape = _grid(weight, block_size)
     histogram_kernel[(triton.cdiv(count, shape["BLOCKS"]),)](
         weight,
@@ -207,6 +208,7 @@ def histogram(weight, block_size, bins, absmax_dtype):
         bins,
         (bins - 1) * 0.5,
         reference.HISTOGRAM_UNIT,
+        reference.HISTOGRAM_CAP,
         **shape,
         COPIES=HISTOGRAM_COPIES,
         enable_fp_fusion=False,
