@@ -270,16 +270,18 @@ def test_embedding_outside_the_table_is_an_error():
 def test_histogram_counts_squared_scales(device):
     weight = torch.randn(5, 70)
     weight[2, :64] = 0
+    weight[4, 3] = 1e4  # beyond 256 medians: counted as 256
     bins = 33
     found = ops.histogram(weight.to(device), 64, bins, torch.float32)
     expected = [0] * bins
     scales = [[float(weight[n, :64].abs().max()), float(weight[n, 64:].abs().max())] for n in range(5)]
-    largest = max(max(row) for row in scales)
+    positive = sorted(scale for row in scales for scale in row if scale > 0)
+    median = positive[(len(positive) - 1) // 2]
     for n in range(5):
         for k in range(70):
             scale = scales[n][k // 64]
             value = float(weight[n, k]) / scale if scale else 0.0
-            expected[int((value + 1) * (bins - 1) / 2 + 0.5)] += (scale / largest) ** 2 * 2**30
+            expected[int((value + 1) * (bins - 1) / 2 + 0.5)] += min(scale / median, 256) ** 2 * 2**14
     assert found.dtype == torch.int64 and found.shape == (bins,)
     torch.testing.assert_close(found.cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=5)
 
