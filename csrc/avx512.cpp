@@ -84,7 +84,7 @@ struct Avx512 : Simd512 {
 const Kernels& avx512_kernels() {
   static constexpr Kernels kernels{
       "avx512", prepare_words, widen<Avx512>, narrow<Avx512>, to_fixed512, dot<Avx512>, dot_fixed<Avx512>, nullptr, transposed<Avx512>,
-      dequantize<Avx512>, absmax<Avx512>, encode<Avx512>, deviate<Avx512>, count<Avx512>};
+      dequantize<Avx512>, absmax<Avx512>, encode<Avx512>, deviate<Avx512>, count<Avx512>, nullptr, nullptr};
   return kernels;
 }
 

@@ -30,6 +30,12 @@ constexpr int64_t kPrefetch = 8192;
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The table of kernels that compute codes: it is in `segments` already.
+[[maybe_unused]] void prepare_segments(const float*, bool, Table& t) {
+  t.fixed_unit = t.segments.unit;
+  t.top_word = t.segments.top_word;
+}
+
 // The table of kernels that look codes up in memory.
 [[maybe_unused]] void prepare_plain(const float* code, bool, Table& t) { std::memcpy(t.code, code, sizeof t.code); }
 
@@ -120,20 +126,22 @@ void expand_scales(const Scales& s, int64_t row, int64_t columns, int64_t parts,
   for (; i < end; i++) out[i - begin] = 0.0f;
 }
 
-// The scales of one row after another, each as `expand_scales` gives them for a range of chunks. For whole rows, where a block is a chunk's part,
+// The scales of one row after another, times `unit`, each as `expand_scales` gives them for a range of chunks. For whole rows, where a block is a chunk's part,
 // rows follow each other as they are stored, and many are converted at once; a last chunk then sees the next row's scales
 // for weights that do not exist, whose input is zero.
 template <class S>
 class RowScales {
  public:
-  RowScales(const Scales& s, int64_t columns, int64_t parts, int64_t chunk0, int64_t chunk1, float* buffer)
-      : s_(s), columns_(columns), parts_(parts), chunk0_(chunk0), chunk1_(chunk1), buffer_(buffer),
+  RowScales(const Scales& s, int64_t columns, int64_t parts, int64_t chunk0, int64_t chunk1, float* buffer,
+            float unit = 1.0f)
+      : s_(s), unit_(unit), columns_(columns), parts_(parts), chunk0_(chunk0), chunk1_(chunk1), buffer_(buffer),
         stored_(s.block * parts == kChunk && chunk0 == 0 && chunk1 == chunks_of(columns)),
         step_(stored_ ? 1 + kAtOnce / (s.per_row + 1) : 1) {}
 
   OCTAVO_INLINE const float* row(int64_t n, int64_t end) {
     if (!stored_) {
       expand_scales<S>(s_, n, columns_, parts_, chunk0_, chunk1_, buffer_);
+      multiply((chunk1_ - chunk0_) * parts_);
       return buffer_;
     }
     if (n >= next_) load(n, end);
@@ -149,9 +157,19 @@ class RowScales {
     const int64_t count = (next_ - n) * s_.per_row;
     widen_run<S>(s_.data, s_.half ? kFloat16 : kFloat32, n * s_.per_row, count, buffer_);
     for (int64_t i = count; i < count + parts_; i++) buffer_[i] = 0.0f;
+    multiply(count);
+  }
+
+  void multiply(int64_t count) {
+    if (unit_ == 1.0f) return;
+    const typename S::V unit = S::set1(unit_);
+    int64_t i = 0;
+    for (; i + S::L <= count; i += S::L) S::store(buffer_ + i, S::mul(S::load(buffer_ + i), unit));
+    for (; i < count; i++) buffer_[i] *= unit_;
   }
 
   const Scales s_;
+  const float unit_;
   const int64_t columns_, parts_, chunk0_, chunk1_;
   float* const buffer_;
   const bool stored_;
@@ -175,36 +193,47 @@ OCTAVO_INLINE const uint8_t* chunk_of(const uint8_t* row, int64_t c, int64_t col
   return tail;
 }
 
-template <class S, int M, int Parts>
+// Raw: the values of `decode_piece` lack a factor, which the scales have.
+template <class S, int M, int Parts, bool Raw>
 OCTAVO_INLINE void dot_chunk(const typename S::Codes& codes, const uint8_t* q, const float* scales, int64_t c,
                              const float* x, int64_t stride, typename S::V (&acc)[M]) {
-  constexpr int J = kChunk / S::L;
-  typename S::V w[J];
-  S::decode(codes, q, w);
-  if constexpr (Parts == 1) {
-    const typename S::V s = S::set1(scales[c]);
-    for (int m = 0; m < M; m++) {
-      const float* xm = x + m * stride + c * kChunk;
-      typename S::V even = S::mul(w[0], S::load(xm)), odd = S::mul(w[1], S::load(xm + S::L));
-      for (int j = 2; j < J; j += 2) {
-        even = S::fma(w[j], S::load(xm + j * S::L), even);
-        odd = S::fma(w[j + 1], S::load(xm + (j + 1) * S::L), odd);
+  constexpr int J = kChunk / S::L / S::kPieces;
+  typename S::V even[M], odd[M];
+  for (int p = 0; p < S::kPieces; p++) {
+    typename S::V w[J];
+    if constexpr (S::kSegments) S::template decode_piece<Raw>(codes, q + p * J * S::L, w);
+    else S::decode(codes, q, w);
+    const float* xp = x + c * kChunk + p * J * S::L;
+    if constexpr (Parts == 1 && M < 4) {
+      for (int m = 0; m < M; m++) {
+        const float* xm = xp + m * stride;
+        even[m] = p ? S::fma(w[0], S::load(xm), even[m]) : S::mul(w[0], S::load(xm));
+        odd[m] = p ? S::fma(w[1], S::load(xm + S::L), odd[m]) : S::mul(w[1], S::load(xm + S::L));
+        for (int j = 2; j < J; j += 2) {
+          even[m] = S::fma(w[j], S::load(xm + j * S::L), even[m]);
+          odd[m] = S::fma(w[j + 1], S::load(xm + (j + 1) * S::L), odd[m]);
+        }
       }
-      acc[m] = S::fma(S::add(even, odd), s, acc[m]);
+    } else {
+      for (int j = 0; j < J; j++) w[j] = S::mul(w[j], scale_of<S, Parts>(scales, c, p * J + j));
+      for (int m = 0; m < M; m++)
+        for (int j = 0; j < J; j++) acc[m] = S::fma(w[j], S::load(xp + m * stride + j * S::L), acc[m]);
     }
-  } else {
-    for (int j = 0; j < J; j++) w[j] = S::mul(w[j], scale_of<S, Parts>(scales, c, j));
-    for (int m = 0; m < M; m++)
-      for (int j = 0; j < J; j++) acc[m] = S::fma(w[j], S::load(x + m * stride + c * kChunk + j * S::L), acc[m]);
+  }
+  if constexpr (Parts == 1 && M < 4) {
+    const typename S::V s = S::set1(scales[c]);
+    for (int m = 0; m < M; m++) acc[m] = S::fma(S::add(even[m], odd[m]), s, acc[m]);
   }
 }
 
-template <class S, int M, int Parts>
+template <class S, int M, int Parts, bool Raw>
 void dot_rows(const Packed& w, const Table& table, const float* x, int64_t stride, int64_t token, int64_t row0,
               int64_t row1, const Output& out, float* scratch) {
   const typename S::Codes codes = S::load_codes(table);
   const int64_t chunks = chunks_of(w.columns), full = w.columns / kChunk;
-  RowScales<S> row_scales(w.scales, w.columns, Parts, 0, chunks, scratch);
+  float unit = 1.0f;
+  if constexpr (Raw) unit = S::raw_unit(table);
+  RowScales<S> row_scales(w.scales, w.columns, Parts, 0, chunks, scratch, unit);
   uint8_t tail[kChunk];
   for (int64_t n = row0; n < row1; n++) {
     const float* scales = row_scales.row(n, row1);
@@ -213,10 +242,10 @@ void dot_rows(const Packed& w, const Table& table, const float* x, int64_t strid
     for (int m = 0; m < M; m++) acc[m] = S::zero();
     for (int64_t c = 0; c < full; c++) {
       OCTAVO_PREFETCH(row + c * kChunk + kPrefetch);
-      dot_chunk<S, M, Parts>(codes, row + c * kChunk, scales, c, x, stride, acc);
+      dot_chunk<S, M, Parts, Raw>(codes, row + c * kChunk, scales, c, x, stride, acc);
     }
     if (full < chunks)
-      dot_chunk<S, M, Parts>(codes, chunk_of(row, full, w.columns, tail), scales, full, x, stride, acc);
+      dot_chunk<S, M, Parts, Raw>(codes, chunk_of(row, full, w.columns, tail), scales, full, x, stride, acc);
     for (int m = 0; m < M; m++) {
       const float sum = S::sum(acc[m]) + (out.bias ? out.bias[n] : 0.0f);
       write(out.data, out.type, (token + m) * out.stride + n, sum);
@@ -224,30 +253,41 @@ void dot_rows(const Packed& w, const Table& table, const float* x, int64_t strid
   }
 }
 
-// Tokens in groups of at most four: their accumulators and the codebook fit the registers together. The rows of a task
+// Tokens in groups of at most S::kGroup: their accumulators and the codebook fit the registers together. The rows of a task
 // stay in the second-level cache from one group to the next.
-template <class S, int Parts>
+template <class S, int M, int Parts, bool Raw>
+void dot_group(const Packed& w, const Table& table, const Tokens& x, int64_t m, int64_t row0, int64_t row1,
+               const Output& out, float* scratch) {
+  if constexpr (M > 1)
+    if (x.count - m < M) return dot_group<S, M - 1, Parts, Raw>(w, table, x, m, row0, row1, out, scratch);
+  dot_rows<S, M, Parts, Raw>(w, table, x.values + m * x.stride, x.stride, m, row0, row1, out, scratch);
+}
+
+template <class S, int Parts, bool Raw>
 void dot_parts(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1, const Output& out,
                float* scratch) {
-  for (int64_t m = 0; m < x.count; m += 4) {
-    const float* values = x.values + m * x.stride;
-    const int64_t group = x.count - m;
-    if (group >= 4) dot_rows<S, 4, Parts>(w, table, values, x.stride, m, row0, row1, out, scratch);
-    else if (group == 3) dot_rows<S, 3, Parts>(w, table, values, x.stride, m, row0, row1, out, scratch);
-    else if (group == 2) dot_rows<S, 2, Parts>(w, table, values, x.stride, m, row0, row1, out, scratch);
-    else dot_rows<S, 1, Parts>(w, table, values, x.stride, m, row0, row1, out, scratch);
+  for (int64_t m = 0; m < x.count; m += S::kGroup)
+    dot_group<S, S::kGroup, Parts, Raw>(w, table, x, m, row0, row1, out, scratch);
+}
+
+template <class S, bool Raw>
+void dot_raw(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1, const Output& out,
+             float* scratch) {
+  switch (parts_of(w.scales)) {
+    case 1: return dot_parts<S, 1, Raw>(w, table, x, row0, row1, out, scratch);
+    case 2: return dot_parts<S, 2, Raw>(w, table, x, row0, row1, out, scratch);
+    case 4: return dot_parts<S, 4, Raw>(w, table, x, row0, row1, out, scratch);
+    default: return dot_parts<S, 64, Raw>(w, table, x, row0, row1, out, scratch);
   }
 }
 
 template <class S>
 void dot(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1, const Output& out,
          float* scratch) {
-  switch (parts_of(w.scales)) {
-    case 1: return dot_parts<S, 1>(w, table, x, row0, row1, out, scratch);
-    case 2: return dot_parts<S, 2>(w, table, x, row0, row1, out, scratch);
-    case 4: return dot_parts<S, 4>(w, table, x, row0, row1, out, scratch);
-    default: return dot_parts<S, 64>(w, table, x, row0, row1, out, scratch);
-  }
+  // A float16 scale times a power of two is exact; a tiny float32 scale might become subnormal.
+  if constexpr (S::kSegments)
+    if (w.scales.half) return dot_raw<S, true>(w, table, x, row0, row1, out, scratch);
+  dot_raw<S, false>(w, table, x, row0, row1, out, scratch);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The product in 16-bit fixed point, for 16-bit inputs: as fast as the byte planes of the codebook can be looked up.
 //
-// The code becomes integers of at most 16383, each chunk of 64 inputs integers of at most 32767 with a unit of its own, so
+// The code becomes integers of at most 16383 (segments are integers already), each chunk of 64 inputs integers of at most 32767 with a unit of its own, so
 // four products add up in 32 bits. Against float64 this errs less than rounding the weights to bfloat16 or float16 does. The
 // policy provides `FixedCodes`, and `fixed_chunk` that adds one chunk's products, times their factors, to the sums of M tokens.
 #pragma once
@@ -68,16 +68,19 @@ void dot_fixed_rows(const Packed& w, const Table& table, const Tokens& x, int64_
   }
 }
 
+template <class S, int M, int Parts>
+void dot_fixed_group(const Packed& w, const Table& table, const Tokens& x, int64_t m, int64_t row0, int64_t row1,
+                     const Output& out, float* scratch) {
+  if constexpr (M > 1)
+    if (x.count - m < M) return dot_fixed_group<S, M - 1, Parts>(w, table, x, m, row0, row1, out, scratch);
+  dot_fixed_rows<S, M, Parts>(w, table, x, m, row0, row1, out, scratch);
+}
+
 template <class S, int Parts>
 void dot_fixed_parts(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1,
                      const Output& out, float* scratch) {
-  for (int64_t m = 0; m < x.count; m += 4) {
-    const int64_t group = x.count - m;
-    if (group >= 4) dot_fixed_rows<S, 4, Parts>(w, table, x, m, row0, row1, out, scratch);
-    else if (group == 3) dot_fixed_rows<S, 3, Parts>(w, table, x, m, row0, row1, out, scratch);
-    else if (group == 2) dot_fixed_rows<S, 2, Parts>(w, table, x, m, row0, row1, out, scratch);
-    else dot_fixed_rows<S, 1, Parts>(w, table, x, m, row0, row1, out, scratch);
-  }
+  for (int64_t m = 0; m < x.count; m += S::kGroup)
+    dot_fixed_group<S, S::kGroup, Parts>(w, table, x, m, row0, row1, out, scratch);
 }
 
 // Only for matrices whose `parts_of` is 1, 2 or 4.

@@ -6,7 +6,8 @@ add_library(octavo_kernels STATIC
   ${CMAKE_CURRENT_LIST_DIR}/parallel.cpp
   ${CMAKE_CURRENT_LIST_DIR}/portable.cpp
   ${CMAKE_CURRENT_LIST_DIR}/products.cpp
-  ${CMAKE_CURRENT_LIST_DIR}/quantizing.cpp)
+  ${CMAKE_CURRENT_LIST_DIR}/quantizing.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/segments.cpp)
 target_include_directories(octavo_kernels PUBLIC ${CMAKE_CURRENT_LIST_DIR})
 target_link_libraries(octavo_kernels PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
 set_target_properties(octavo_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)

@@ -27,6 +27,9 @@ OCTAVO_INLINE void indices_of(const uint8_t* q, uint8x16_t (&i)[4]) {
 
 struct Neon {
   static constexpr int L = 4;
+  static constexpr bool kSegments = false;
+  static constexpr int kPieces = 1;  // of a chunk, decoded one after the other
+  static constexpr int kGroup = 4;   // tokens that share a decoded chunk
   using V = float32x4_t;
   using I = uint32x4_t;
 
@@ -168,15 +171,15 @@ void prepare_bytes(const float* code, bool fixed, Table& t) {
     for (int p = 0; p < 4; p++) t.bytes[p][i] = static_cast<uint8_t>(bits_of(t.code[i]) >> (8 * p));
 }
 
-bool to_fixed128(const float* x, int64_t tokens, int64_t columns, float unit, int16_t* fixed, float* units) {
+bool to_fixed128(const float* x, int64_t tokens, int64_t columns, float unit, float top_word, int16_t* fixed, float* units) {
   bool usable = true;
   const int64_t chunks = tokens * chunks_of(columns);
   for (int64_t c = 0; c < chunks; c++, x += kChunk, fixed += kChunk) {
     const uint32_t bits = largest_of(x, kChunk);
     const float top = float_of(bits);
     usable = usable && bits < 0x7f800000u && (bits == 0 || top > 0x1p-100f);
-    round_to_words(x, kChunk, top > 0.0f ? 32767.0f / top : 0.0f, fixed);
-    *units++ = top / 32767.0f * unit;
+    round_to_words(x, kChunk, top > 0.0f ? top_word / top : 0.0f, fixed);
+    *units++ = top / top_word * unit;
   }
   return usable;
 }
@@ -186,7 +189,7 @@ bool to_fixed128(const float* x, int64_t tokens, int64_t columns, float unit, in
 const Kernels& neon_kernels() {
   static constexpr Kernels kernels{
       "neon", prepare_bytes, widen<Neon>, narrow<Neon>, to_fixed128, dot<Neon>, dot_fixed<Neon>, nullptr, transposed<Neon>,
-      dequantize<Neon>, absmax<Neon>, encode<Neon>, deviate<Neon>, count<Neon>};
+      dequantize<Neon>, absmax<Neon>, encode<Neon>, deviate<Neon>, count<Neon>, nullptr, nullptr};
   return kernels;
 }
 

@@ -10,6 +10,9 @@ namespace {
 
 struct Portable {
   static constexpr int L = 8;
+  static constexpr bool kSegments = false;
+  static constexpr int kPieces = 1;  // of a chunk, decoded one after the other
+  static constexpr int kGroup = 4;   // tokens that share a decoded chunk
   struct V {
     float f[L];
   };
@@ -110,7 +113,7 @@ struct Portable {
 const Kernels& portable_kernels() {
   static constexpr Kernels kernels{
       "portable", prepare_plain, widen<Portable>, narrow<Portable>, nullptr, dot<Portable>, nullptr, nullptr, transposed<Portable>,
-      dequantize<Portable>, absmax<Portable>, encode<Portable>, deviate<Portable>, count<Portable>};
+      dequantize<Portable>, absmax<Portable>, encode<Portable>, deviate<Portable>, count<Portable>, nullptr, nullptr};
   return kernels;
 }
 

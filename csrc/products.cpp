@@ -3,10 +3,11 @@
 #include <limits>
 
 #include "driver.h"
+#include "segments.h"
 
 namespace octavo {
 
-void linear(const Kernels& k, const Matrix& matrix, const void* x, DType type, int64_t tokens, const void* bias,
+void linear(const Kernels& kernels, const Matrix& matrix, const void* x, DType type, int64_t tokens, const void* bias,
             DType bias_type, void* out, int threads) {
   const Packed w = packed(matrix);
   if (tokens == 0 || w.rows == 0) return;
@@ -15,20 +16,20 @@ void linear(const Kernels& k, const Matrix& matrix, const void* x, DType type, i
 
   Tokens input{tokens, stride, nullptr, nullptr, nullptr};
   float* values = values_memory.get<float>(tokens * stride);
-  k.widen(x, type, tokens, w.columns, values);
+  kernels.widen(x, type, tokens, w.columns, values);
   input.values = values;
 
   Table table;
-  bool fixed = k.to_fixed && type != kFloat32 && parts_of(w.scales) <= 4;
+  bool fixed = kernels.to_fixed && type != kFloat32 && parts_of(w.scales) <= 4;
+  const Kernels& k = kernels_for(kernels, matrix.code, fixed, table);
   if (fixed) {
-    k.prepare(matrix.code, true, table);
     int16_t* integers = fixed_memory.get<int16_t>(tokens * stride);
     float* units = units_memory.get<float>(tokens * stride / kChunk);
-    fixed = k.to_fixed(values, tokens, w.columns, table.fixed_unit, integers, units);
+    fixed = k.to_fixed(values, tokens, w.columns, table.fixed_unit, table.top_word, integers, units);
     input.fixed = integers;
     input.units = units;
+    if (!fixed) k.prepare(matrix.code, false, table);
   }
-  if (!fixed) k.prepare(matrix.code, false, table);
 
   Output output{out, type, w.rows, nullptr};
   if (bias) {
@@ -101,16 +102,16 @@ void linear_many(const Kernels& k, const Matrix& matrix, const void* x, int64_t 
   });
 }
 
-void linear_transposed(const Kernels& k, const Matrix& matrix, const void* x, DType type, int64_t tokens, void* out,
+void linear_transposed(const Kernels& kernels, const Matrix& matrix, const void* x, DType type, int64_t tokens, void* out,
                        int threads) {
   const Packed w = packed(matrix);
   if (tokens == 0 || w.columns == 0) return;
   static thread_local Scratch values_memory;
   const int64_t stride = padded(w.rows);
   float* values = values_memory.get<float>(tokens * stride);
-  k.widen(x, type, tokens, w.rows, values);
+  kernels.widen(x, type, tokens, w.rows, values);
   Table table;
-  k.prepare(matrix.code, false, table);
+  const Kernels& k = kernels_for(kernels, matrix.code, false, table);
 
   // Columns are cut, not rows, so each sum is one thread's and comes out the same for any number of threads.
   constexpr int64_t kColumns = 512;
@@ -128,13 +129,13 @@ void linear_transposed(const Kernels& k, const Matrix& matrix, const void* x, DT
   });
 }
 
-void dequantize(const Kernels& k, const Matrix& matrix, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
+void dequantize(const Kernels& kernels, const Matrix& matrix, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
                 void* out, DType type, int threads) {
   const Packed w = packed(matrix);
   const int64_t width = col1 - col0;
   if (row1 <= row0 || width <= 0) return;
   Table table;
-  k.prepare(matrix.code, false, table);
+  const Kernels& k = kernels_for(kernels, matrix.code, false, table);
   const Split split(row1 - row0, width, threads);
   parallel(split.tasks, split.threads, [&](int64_t task, int) {
     const int64_t first = row0 + task * split.step, last = std::min(first + split.step, row1);
@@ -143,14 +144,14 @@ void dequantize(const Kernels& k, const Matrix& matrix, int64_t row0, int64_t ro
   });
 }
 
-int64_t embedding(const Kernels& k, const Matrix& matrix, const int64_t* ids, int64_t count, void* out, DType type,
+int64_t embedding(const Kernels& kernels, const Matrix& matrix, const int64_t* ids, int64_t count, void* out, DType type,
                   int threads) {
   const Packed w = packed(matrix);
   for (int64_t i = 0; i < count; i++)
     if (ids[i] < 0 || ids[i] >= w.rows) return i;
   if (count == 0 || w.columns == 0) return -1;
   Table table;
-  k.prepare(matrix.code, false, table);
+  const Kernels& k = kernels_for(kernels, matrix.code, false, table);
   const Split split(count, w.columns, threads);
   parallel(split.tasks, split.threads, [&](int64_t task, int) {
     for (int64_t i = task * split.step; i < std::min((task + 1) * split.step, count); i++) {

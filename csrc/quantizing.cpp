@@ -8,6 +8,7 @@
 
 #include "driver.h"
 #include "half.h"
+#include "segments.h"
 
 namespace octavo {
 namespace {
@@ -103,13 +104,13 @@ bool scale_range(const Kernels& k, const Weight& weight, int64_t block, float* s
   return all.finite;
 }
 
-void squared_error(const Kernels& k, const void* weight, DType type, const Matrix& matrix, double* error, double* power,
+void squared_error(const Kernels& kernels, const void* weight, DType type, const Matrix& matrix, double* error, double* power,
                    int threads) {
   const Packed w = packed(matrix);
   *error = *power = 0.0;
   if (w.rows == 0 || w.columns == 0) return;
   Table table;
-  k.prepare(matrix.code, false, table);
+  const Kernels& k = kernels_for(kernels, matrix.code, false, table);
   std::vector<float> errors(static_cast<size_t>(w.rows)), powers(errors.size());
   const Split split(w.rows, w.columns, threads);
   parallel(split.tasks, split.threads, [&](int64_t task, int) {

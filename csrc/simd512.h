@@ -13,6 +13,9 @@ namespace {
 
 struct Simd512 {
   static constexpr int L = 16;
+  static constexpr bool kSegments = false;
+  static constexpr int kPieces = 1;  // of a chunk, decoded one after the other
+  static constexpr int kGroup = 4;   // tokens that share a decoded chunk
   using V = __m512;
   using I = __m512i;
 
@@ -133,7 +136,7 @@ OCTAVO_INLINE void fix_codes(const float* code, Table& t) {
 // values of a chunk, first the even ones, then the odd ones. Each chunk has its own unit, its largest magnitude / 32767,
 // so a value far above the others costs only its own chunk precision. `unit` is that of the code. Not usable where a value
 // is NaN, infinite, or so small that the inverse of its unit would overflow.
-bool to_fixed512(const float* x, int64_t tokens, int64_t columns, float unit, int16_t* fixed, float* units) {
+bool to_fixed512(const float* x, int64_t tokens, int64_t columns, float unit, float top_word, int16_t* fixed, float* units) {
   const __m512i even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), odd = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
   const int64_t chunks = tokens * chunks_of(columns);
   bool usable = true;
@@ -144,14 +147,14 @@ bool to_fixed512(const float* x, int64_t tokens, int64_t columns, float unit, in
     const uint32_t bits = _mm512_reduce_max_epu32(magnitude);
     const float top = float_of(bits);
     usable = usable && bits < 0x7f800000u && (bits == 0 || top > 0x1p-100f);
-    const __m512 inverse = _mm512_set1_ps(top > 0.0f ? 32767.0f / top : 0.0f);
+    const __m512 inverse = _mm512_set1_ps(top > 0.0f ? top_word / top : 0.0f);
     __m256i h[4];
     for (int j = 0; j < 4; j++) h[j] = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[j], inverse)));
     const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(h[0]), h[1], 1);
     const __m512i high = _mm512_inserti64x4(_mm512_castsi256_si512(h[2]), h[3], 1);
     _mm512_storeu_si512(fixed, _mm512_permutex2var_epi64(low, even, high));
     _mm512_storeu_si512(fixed + 32, _mm512_permutex2var_epi64(low, odd, high));
-    *units++ = top / 32767.0f * unit;
+    *units++ = top / top_word * unit;
   }
   return usable;
 }

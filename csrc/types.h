@@ -33,6 +33,16 @@ struct Packed {
   int64_t rows, columns;
 };
 
+// A codebook of sixteen straight segments: code[16 h + l] = (base[h] + slope[h] l) unit, integers within +-16384 (docs/FORMAT.md).
+struct Segments {
+  alignas(16) uint8_t base[2][16], slope[2][16];  // the low and the high bytes of 16-bit integers
+  alignas(16) int8_t base_byte[16];               // base / step, if `bytes`
+  uint8_t step;                                   // 2^-7 in units
+  bool bytes;                                     // bases are multiples of 2^-7 and slopes at most 127
+  float unit;                                     // 2^-11 to 2^-14
+  float top_word;                                 // largest input in fixed point: eight products then stay below 2^31
+};
+
 // A codebook in the forms the kernels look it up in; made once a call, read by every thread.
 struct alignas(64) Table {
   float code[256];
@@ -46,7 +56,8 @@ struct alignas(64) Table {
   uint8_t fixed_bytes[2][256];
   // Byte planes of `fixed`, each run of sixteen entries exclusive-or'ed with the run before it in its half (AVX2).
   uint8_t steps[2][256];
-  float fixed_unit;
+  float fixed_unit, top_word;
+  Segments segments;
 };
 
 // The 255 midpoints between neighbouring codes, ordered as a binary search meets them: level l has 2^l entries.
@@ -108,7 +119,8 @@ struct Kernels {
   void (*narrow)(const float* values, int64_t count, void* out, DType type, int64_t first);
 
   // The same to fixed point, from the widened values; false if they do not allow it (NaN, infinity). Null: not supported.
-  bool (*to_fixed)(const float* x, int64_t tokens, int64_t columns, float unit, int16_t* fixed, float* units);
+  // `top_word` is the integer that the largest input of a chunk becomes.
+  bool (*to_fixed)(const float* x, int64_t tokens, int64_t columns, float unit, float top_word, int16_t* fixed, float* units);
 
   // out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n] for rows [row0, row1).
   void (*dot)(const Packed&, const Table&, const Tokens&, int64_t row0, int64_t row1, const Output&, float* scratch);
@@ -142,6 +154,10 @@ struct Kernels {
   // counts[bin of weight / scale] += mass of its block. scales, masses: [rows, per_row].
   void (*count)(const void* weight, DType type, int64_t rows, int64_t columns, const Scales&, const int64_t* masses,
                 int64_t bins, int64_t* counts, float* scratch);
+
+  // The kernels that compute a codebook of segments whose bases and slopes fit bytes, and of others. Null: these look it up.
+  const Kernels* byte_segments;
+  const Kernels* wide_segments;
 };
 
 // How many scales a chunk of 64 weights spans: 1, 2 or 4, or 64 for "one a weight", which serves any block size.

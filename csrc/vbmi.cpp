@@ -145,7 +145,7 @@ const Kernels& vbmi_kernels() {
 #endif
   static constexpr Kernels kernels{
       name, prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, many_tokens, transposed<Vbmi>,
-      dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>};
+      dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>, nullptr, nullptr};
   return kernels;
 }
 
