@@ -3,7 +3,7 @@
 // vpermi2w looks 32 indices up in 64 words; four of them and three blends cover the 256 entries. Measured on Zen 5 at
 // 16 G weights/s a thread for float32 (two word planes), where gathers reach 3.7.
 #include "kernels.h"
-#include "simd512.h"
+#include "segments512.h"
 
 namespace octavo {
 namespace {
@@ -82,9 +82,10 @@ struct Avx512 : Simd512 {
 }  // namespace
 
 const Kernels& avx512_kernels() {
+  static constexpr Kernels bytes = segments512_kernels<true>("avx512"), wide = segments512_kernels<false>("avx512");
   static constexpr Kernels kernels{
       "avx512", prepare_words, widen<Avx512>, narrow<Avx512>, to_fixed512, dot<Avx512>, dot_fixed<Avx512>, nullptr, transposed<Avx512>,
-      dequantize<Avx512>, absmax<Avx512>, encode<Avx512>, deviate<Avx512>, count<Avx512>, nullptr, nullptr};
+      dequantize<Avx512>, absmax<Avx512>, encode<Avx512>, deviate<Avx512>, count<Avx512>, &bytes, &wide};
   return kernels;
 }
 

@@ -1,7 +1,8 @@
-// The product in 16-bit fixed point, for 16-bit inputs: as fast as the byte planes of the codebook can be looked up.
+// The product in 16-bit fixed point: as fast as the byte planes of the codebook can be looked up.
 //
 // The code becomes integers of at most 16383 (segments are integers already), each chunk of 64 inputs integers of at most 32767 with a unit of its own, so
-// four products add up in 32 bits. Against float64 this errs less than rounding the weights to bfloat16 or float16 does. The
+// four products add up in 32 bits. Against float64 this errs less than rounding the weights to bfloat16 or float16 does. Float32
+// input, times a codebook of segments, is two planes of integers, each like a token of its own, that are added at the end. The
 // policy provides `FixedCodes`, and `fixed_chunk` that adds one chunk's products, times their factors, to the sums of M tokens.
 #pragma once
 #include "engine.h"
@@ -61,10 +62,12 @@ void dot_fixed_rows(const Packed& w, const Table& table, const Tokens& x, int64_
     }
     if (full < chunks)
       S::template fixed_chunk<M, Parts>(codes, chunk_of(row, full, w.columns, tail), factors, full, fixed, x.stride, acc);
-    for (int m = 0; m < M; m++) {
-      const float sum = S::sum(acc[m]) + (out.bias ? out.bias[n] : 0.0f);
-      write(out.data, out.type, (token + m) * out.stride + n, sum);
-    }
+    const float bias = out.bias ? out.bias[n] : 0.0f;
+    if (x.planes == 2)
+      for (int m = 0; m + 1 < M; m += 2)
+        write(out.data, out.type, (token + m) / 2 * out.stride + n, S::sum(S::add(acc[m], acc[m + 1])) + bias);
+    else
+      for (int m = 0; m < M; m++) write(out.data, out.type, (token + m) * out.stride + n, S::sum(acc[m]) + bias);
   }
 }
 
@@ -72,14 +75,14 @@ template <class S, int M, int Parts>
 void dot_fixed_group(const Packed& w, const Table& table, const Tokens& x, int64_t m, int64_t row0, int64_t row1,
                      const Output& out, float* scratch) {
   if constexpr (M > 1)
-    if (x.count - m < M) return dot_fixed_group<S, M - 1, Parts>(w, table, x, m, row0, row1, out, scratch);
+    if (x.count * x.planes - m < M) return dot_fixed_group<S, M - 1, Parts>(w, table, x, m, row0, row1, out, scratch);
   dot_fixed_rows<S, M, Parts>(w, table, x, m, row0, row1, out, scratch);
 }
 
 template <class S, int Parts>
 void dot_fixed_parts(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1,
                      const Output& out, float* scratch) {
-  for (int64_t m = 0; m < x.count; m += S::kGroup)
+  for (int64_t m = 0; m < x.count * x.planes; m += S::kGroup)
     dot_fixed_group<S, S::kGroup, Parts>(w, table, x, m, row0, row1, out, scratch);
 }
 

@@ -7,37 +7,74 @@
 
 namespace octavo {
 
+namespace {
+
+// What rounding one token to fixed point has left: values - integers * unit, chunk by chunk. `units` are those of the chunks times
+// `code_unit`, a power of two.
+void take_out(const float* values, const float* units, float code_unit, int64_t columns, float* left) {
+  // Adding and taking away 1.5 * 2^23 rounds to an integer, as the conversion does.
+  constexpr float kRound = 12582912.0f;
+  for (int64_t c = 0; c < chunks_of(columns); c++) {
+    const float unit = units[c] / code_unit, factor = unit > 0.0f ? 1.0f / unit : 0.0f;
+    for (int64_t k = c * kChunk; k < (c + 1) * kChunk; k++)
+      left[k] = values[k] - ((values[k] * factor + kRound) - kRound) * unit;
+  }
+}
+
+// Input as fixed point, in one plane or two. False if the values do not allow it.
+bool fix_tokens(const Kernels& k, const Table& table, const float* values, int64_t tokens, int64_t columns, int64_t planes,
+                Tokens& input) {
+  static thread_local Scratch fixed_memory, units_memory, left_memory;
+  const int64_t stride = padded(columns), chunks = chunks_of(columns);
+  int16_t* integers = fixed_memory.get<int16_t>(tokens * planes * stride);
+  float* units = units_memory.get<float>(tokens * planes * chunks);
+  input.planes = planes;
+  input.fixed = integers;
+  input.units = units;
+  if (planes == 1) return k.to_fixed(values, tokens, columns, table.fixed_unit, table.top_word, integers, units);
+  float* left = left_memory.get<float>(stride);
+  for (int64_t m = 0; m < tokens; m++, values += stride)
+    for (int64_t plane = 0; plane < 2; plane++, integers += stride, units += chunks) {
+      if (!k.to_fixed(plane ? left : values, 1, columns, table.fixed_unit, table.top_word, integers, units)) return false;
+      if (!plane) take_out(values, units, table.fixed_unit, columns, left);
+    }
+  return true;
+}
+
+// Most tokens of float32 that are taken in two planes; more are multiplied in float32.
+constexpr int64_t kSplitTokens = 2;
+
+}  // namespace
+
 void linear(const Kernels& kernels, const Matrix& matrix, const void* x, DType type, int64_t tokens, const void* bias,
             DType bias_type, void* out, int threads) {
   const Packed w = packed(matrix);
   if (tokens == 0 || w.rows == 0) return;
   const int64_t stride = padded(w.columns);
-  static thread_local Scratch values_memory, fixed_memory, units_memory, bias_memory;
+  static thread_local Scratch values_memory, bias_memory;
 
-  Tokens input{tokens, stride, nullptr, nullptr, nullptr};
+  Tokens input{tokens, stride, nullptr, 1, nullptr, nullptr};
   float* values = values_memory.get<float>(tokens * stride);
   kernels.widen(x, type, tokens, w.columns, values);
   input.values = values;
 
   Table table;
-  bool fixed = kernels.to_fixed && type != kFloat32 && parts_of(w.scales) <= 4;
-  const Kernels& k = kernels_for(kernels, matrix.code, fixed, table);
-  if (fixed) {
-    int16_t* integers = fixed_memory.get<int16_t>(tokens * stride);
-    float* units = units_memory.get<float>(tokens * stride / kChunk);
-    fixed = k.to_fixed(values, tokens, w.columns, table.fixed_unit, table.top_word, integers, units);
-    input.fixed = integers;
-    input.units = units;
-    if (!fixed) k.prepare(matrix.code, false, table);
-  }
+  bool fixed = kernels.to_fixed && parts_of(w.scales) <= 4;
+  if (type == kFloat32) fixed = fixed && tokens <= kSplitTokens && kernels.byte_segments;
+  const Kernels* k = &kernels_for(kernels, matrix.code, fixed, table);
+  // Float32 is split only for codebooks that are integers: other tables would be rounded.
+  const bool planes = type == kFloat32;
+  if (fixed && planes && k == &kernels) fixed = false, k->prepare(matrix.code, false, table);
+  if (fixed && !fix_tokens(*k, table, values, tokens, w.columns, planes ? 2 : 1, input))
+    fixed = false, k->prepare(matrix.code, false, table);
 
   Output output{out, type, w.rows, nullptr};
   if (bias) {
     float* wide = bias_memory.get<float>(padded(w.rows));
-    k.widen(bias, bias_type, 1, w.rows, wide);
+    kernels.widen(bias, bias_type, 1, w.rows, wide);
     output.bias = wide;
   }
-  const auto dot = fixed ? k.dot_fixed : k.dot;
+  const auto dot = fixed ? k->dot_fixed : k->dot;
   const Split split(w.rows, std::max<int64_t>(1, w.columns), threads);
   parallel(split.tasks, split.threads, [&](int64_t task, int) {
     const int64_t row0 = task * split.step, row1 = std::min(row0 + split.step, w.rows);

@@ -70,9 +70,11 @@ struct Tokens {
   int64_t count;
   int64_t stride;         // padded(columns)
   const float* values;    // float32 [count, stride]; null when fixed point is used
-  // Fixed point: 16-bit integers in the order the kernel decodes a chunk in, and one float32 unit a chunk.
-  const int16_t* fixed;   // [count, stride]
-  const float* units;     // [count, stride / 64]
+  // Fixed point: 16-bit integers in the order the kernel decodes a chunk in, and one float32 unit a chunk. Float32 input is
+  // the sum of two planes, [count, 2, stride]: its rounding to 16 bits, and the rounding of what is left.
+  int64_t planes;
+  const int16_t* fixed;   // [count, planes, stride]
+  const float* units;     // [count, planes, stride / 64]
 };
 
 // Input of a product of many tokens: bfloat16 [columns / kManyColumns, count, kManyColumns], zero after the matrix' columns.

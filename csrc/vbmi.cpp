@@ -5,7 +5,7 @@
 // seven bits; once for each half, where the top bit says so, gives the plane's bytes for all 64 weights. Two planes
 // give 16-bit fixed point, four planes exact float32; unpacking interleaves them.
 #include "kernels.h"
-#include "simd512.h"
+#include "segments512.h"
 #if defined(OCTAVO_BF16)
 #include "many_bf16.h"
 #endif
@@ -20,15 +20,19 @@ OCTAVO_INLINE __m512i look_up(const __m512i* plane, __m512i indices, __mmask64 u
   return _mm512_mask2_permutex2var_epi8(plane[2], lower, upper_half, plane[3]);
 }
 
+OCTAVO_INLINE void split_words(Table& t) {
+  for (int i = 0; i < 256; i += 32) {
+    const __m512i words = _mm512_load_si512(t.fixed + i);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(t.fixed_bytes[0] + i), _mm512_cvtepi16_epi8(words));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(t.fixed_bytes[1] + i),
+                       _mm512_cvtepi16_epi8(_mm512_srli_epi16(words, 8)));
+  }
+}
+
 void prepare_bytes(const float* code, bool fixed, Table& t) {
   if (fixed) {
     fix_codes(code, t);
-    for (int i = 0; i < 256; i += 32) {
-      const __m512i words = _mm512_load_si512(t.fixed + i);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(t.fixed_bytes[0] + i), _mm512_cvtepi16_epi8(words));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(t.fixed_bytes[1] + i),
-                         _mm512_cvtepi16_epi8(_mm512_srli_epi16(words, 8)));
-    }
+    split_words(t);
     return;
   }
   for (int i = 0; i < 256; i += 16) {
@@ -40,6 +44,18 @@ void prepare_bytes(const float* code, bool fixed, Table& t) {
       _mm_store_si128(reinterpret_cast<__m128i*>(t.rounded[p] + i),
                       _mm512_cvtepi32_epi8(_mm512_srli_epi32(rounded, 8 * p + 8)));
   }
+}
+
+// Segments are integers: looked up exactly.
+void prepare_integers(const float* code, bool fixed, Table& t) {
+  if (!fixed) return prepare_bytes(code, false, t);
+  prepare_segments(code, fixed, t);
+  const __m512 inverse = _mm512_set1_ps(1.0f / t.fixed_unit);
+  for (int i = 0; i < 256; i += 16) {
+    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(code + i), inverse));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(t.fixed + i), _mm512_cvtepi32_epi16(v));
+  }
+  split_words(t);
 }
 
 struct Vbmi : Simd512 {
@@ -143,9 +159,18 @@ const Kernels& vbmi_kernels() {
 #else
   constexpr auto many_tokens = nullptr;
 #endif
+  // A look-up in registers is faster than computing in fixed point, and slower in float32 where base and slope are bytes. Measured
+  // on one core of a Zen 4, 16384 x 4096, one token, G weights/s, looked up / computed: bfloat16 22.8 / 20.1, float32 10.8 / 12.5.
+  using Computed = Segments512<true>;
+  static constexpr Kernels bytes{
+      name, prepare_integers, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Computed>, dot_fixed<Vbmi>, nullptr, transposed<Computed>,
+      dequantize<Computed>, absmax<Vbmi>, encode<Vbmi>, deviate<Computed>, count<Vbmi>, nullptr, nullptr};
+  static constexpr Kernels wide{
+      name, prepare_integers, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, nullptr, transposed<Vbmi>,
+      dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>, nullptr, nullptr};
   static constexpr Kernels kernels{
       name, prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, many_tokens, transposed<Vbmi>,
-      dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>, nullptr, nullptr};
+      dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>, &bytes, &wide};
   return kernels;
 }
 

@@ -58,8 +58,20 @@ def packed(rows, columns, block_size, seed, scale_type=torch.float16):
     generator = torch.Generator().manual_seed(seed)
     qdata = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
     absmax = torch.rand(rows, -(-columns // block_size), generator=generator).add(0.01).to(scale_type)
-    code = torch.rand(256, generator=generator).mul(2).sub(1).sort().values
-    return qdata, absmax, code, generator
+    return qdata, absmax, random_code(generator), generator
+
+
+def random_code(generator):
+    """A table of free entries, of segments whose parts fit bytes, or of others (docs/FORMAT.md), on any of their grids."""
+    kind, exponent = (int(torch.randint(n, (), generator=generator)) for n in (3, 4))
+    if kind == 0:
+        return torch.rand(256, generator=generator).mul(2).sub(1).sort().values
+    scale = 1 << (11 + exponent)
+    step = scale >> 7 if kind == 1 else 1
+    base = torch.randint(-scale // step, scale // step, (16,), generator=generator).sort().values * step
+    room = torch.cat([base[1:], torch.tensor([scale])]) - base
+    slope = (torch.rand(16, generator=generator) * room.div(15).clamp(max=127 if kind == 1 else scale)).to(torch.int64)
+    return ((base[:, None] + slope[:, None] * torch.arange(16)).flatten() / scale).float()
 
 
 @settings(FIXED, max_examples=30)

@@ -1,5 +1,6 @@
 // Runs every operation of every instruction set this processor has, on many shapes, in guarded memory, against a plain loop.
 // Prints "N passed, N failed" and exits with 1 on a difference.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -61,6 +62,16 @@ struct Random {
   int64_t whole(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
 };
 
+// 256 free entries, or sixteen segments whose parts fit bytes, or do not (docs/FORMAT.md).
+void put_code(void* code, Random& random) {
+  const int64_t kind = random.whole(0, 2), scale = int64_t{1} << random.whole(11, 14), step = kind == 1 ? scale / 128 : 1;
+  for (int i = 0; i < 256; i++) {
+    const int64_t base = (i / 16 - 8) * (scale / 8) / step * step, slope = std::min<int64_t>(kind == 1 ? 127 : scale, scale / 8 / 15);
+    const float free = static_cast<float>(i - 128) / 128.0f + (i == 200 ? 0.001f : 0.0f);
+    put(code, kFloat32, i, kind ? static_cast<float>(base + slope * (i % 16)) / static_cast<float>(scale) : free);
+  }
+}
+
 void run(const Kernels& k, const Case& c, Random& random) {
   const int64_t per_row = c.columns ? (c.columns - 1) / c.block + 1 : 0;
   const int64_t weights = c.rows * c.columns, scales = c.rows * per_row, tokens = random.whole(1, 6);
@@ -71,7 +82,7 @@ void run(const Kernels& k, const Case& c, Random& random) {
   Guarded code(1024, c.at_end), dense(bytes_of(c.type, weights), c.at_end);
   for (int64_t i = 0; i < weights; i++) qdata.as<uint8_t>()[i] = static_cast<uint8_t>(random.whole(0, 255));
   for (int64_t i = 0; i < scales; i++) put(absmax.as<void>(), scale_type, i, random.uniform(0.01f, 1.0f));
-  for (int i = 0; i < 256; i++) put(code.as<void>(), kFloat32, i, static_cast<float>(i - 128) / 128.0f);
+  put_code(code.as<void>(), random);
   const Matrix m{qdata.as<uint8_t>(), absmax.as<void>(), c.half, code.as<float>(), c.rows, c.columns, c.block};
   std::vector<float> exact(static_cast<size_t>(weights));
   for (int64_t i = 0; i < weights; i++)
