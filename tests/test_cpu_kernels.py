@@ -70,7 +70,9 @@ def random_code(generator):
     step = scale >> 7 if kind == 1 else 1
     base = torch.randint(-scale // step, scale // step, (16,), generator=generator).sort().values * step
     room = torch.cat([base[1:], torch.tensor([scale])]) - base
-    slope = (torch.rand(16, generator=generator) * room.div(15).clamp(max=127 if kind == 1 else scale)).to(torch.int64)
+    slope = (torch.rand(16, generator=generator) * room.div(15).clamp(max=127 if kind == 1 else scale)).to(
+        torch.int64
+    )
     return ((base[:, None] + slope[:, None] * torch.arange(16)).flatten() / scale).float()
 
 

@@ -183,6 +183,9 @@ def test_experts_are_peft_s_own_merge_of_the_plain_weights(case, to, tmp_path):
         assert relative_error(found, merged.get_parameter(name)) < 0.008, name
     if to == "8bit":
         assert 1e-6 < result.added_error < 6e-5
+    else:
+        # A router may choose another expert for weights that are rounded: so are those it is compared with.
+        expected = logits(merged.to(torch.bfloat16).to(torch.float32))
     assert relative_error(logits(again), expected) < 0.03
 
 

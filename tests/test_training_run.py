@@ -258,7 +258,7 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path):
     model, tokenizer, train, held_out = model_and_data()
     watch = OverflowOnce()
     # PyTorch multiplies losses by 65536 at first; a token's loss of 5.5 and its gradients fit all the same.
-    recipe = replace(SMALL, max_steps=5, learning_rate=2e-2, optimizer="adamw", warmup=0.0)
+    recipe = replace(SMALL, max_steps=8, learning_rate=5e-3, optimizer="adamw", warmup=0.0)
     outcome = finetune_model(
         model.to(torch.float16), tokenizer, train, held_out, recipe, tmp_path, callbacks=[watch]
     )
