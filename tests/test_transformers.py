@@ -356,21 +356,6 @@ def test_nan_in_a_checkpoint_names_the_weight(saved, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=OctavoConfig())
 
 
-def test_a_new_layer_has_no_weights_to_quantize(saved):
-    from transformers import AutoModelForSequenceClassification
-
-    folder, _ = saved("llama")
-    options = {"num_labels": 64}
-    with pytest.raises(ValueError, match=r"score\.weight: .*found none.*skip=\['score\.weight'\]"):
-        AutoModelForSequenceClassification.from_pretrained(
-            folder, quantization_config=OctavoConfig(), **options
-        )
-    config = OctavoConfig(skip=["score"])
-    model = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config, **options)
-    assert type(model.score.weight) is torch.nn.Parameter and model.score.weight.requires_grad
-    assert isinstance(model.model.embed_tokens.weight, OctavoTensor)
-
-
 def test_a_skip_pattern_that_matches_nothing(saved):
     with pytest.raises(ValueError, match="skip pattern 'nothing' matches no parameter"):
         AutoModelForCausalLM.from_pretrained(
@@ -436,3 +421,12 @@ def test_memory_is_reserved_for_8_bits(saved):
             counted[name] = each * parameter.numel()
         # Rows that are no multiple of a block have one scale more than their share of one.
         assert sum(stored.values()) * 0.95 <= sum(counted.values()) <= sum(stored.values())
+
+
+def test_dtype_none_is_the_configuration_s(saved, tmp_path):
+    """Of the first floats in the file, which transformers would ask, the scales are float16."""
+    folder, _ = saved("gpt_neox")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load("gpt_neox", folder, quantization_config=OctavoConfig(), dtype=dtype)
+        model.save_pretrained(tmp_path / str(dtype))
+        assert load("gpt_neox", tmp_path / str(dtype), dtype=None).dtype == dtype

@@ -12,6 +12,7 @@ Example:
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..checkpoint.open import require_plain
 from ..config import OctavoConfig as PlainConfig
 from ..model import Entry, Plan, dequantize_model, plan_model
 from ..tensor import SUFFIXES, OctavoTensor, pack
+from .completeness import is_missing
 from .peft import keep_frozen_out_of_adapters
 
 
@@ -99,9 +101,20 @@ class OctavoHfQuantizer(HfQuantizer):
         self.plain_dtypes: dict[str, torch.dtype] = {}
         self.leaves: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
+        self.files: list[str] = []
         self.dtype = torch.get_default_dtype()
         self._read_in_float32: set[str] = set()
         self._errors: list[str] = []
+
+    def update_attn_implementation(self, config):
+        """The place where transformers shows the configuration before it chooses a type.
+
+        Under `dtype=None` the Auto classes forget the configuration's own, and transformers then takes that of the first
+        floats in the file, which here are scales.
+        """
+        if self.pre_quantized and config.dtype is None:
+            config.dtype = _stored_dtype(config)
+        return config
 
     def _process_model_before_weight_loading(
         self, model, dtype=None, device_map=None, checkpoint_files=None, **kwargs
@@ -115,8 +128,9 @@ class OctavoHfQuantizer(HfQuantizer):
         # Of a stored model the base may be loaded alone: its names lack the prefix, and patterns may name what it lacks.
         within = prefix if self.pre_quantized and not hasattr(model, prefix) else ""
         self.plan = plan_model(model, self.quantization_config, within=within, strict=not self.pre_quantized)
+        self.files = checkpoint_files or []
         if not self.pre_quantized:
-            require_plain(checkpoint_files or ())
+            require_plain(self.files)
             self.plan.check()
         names = self.plan.names
         self.dtype = dtype or torch.get_default_dtype()
@@ -144,25 +158,31 @@ class OctavoHfQuantizer(HfQuantizer):
             model._keep_in_fp32_modules_strict -= self._read_in_float32
         self._cast_plain(model)
         _undo_only_renamings(model)
-        # Tying may have put the plain parameter of an alias first; every name must lead to the one quantized weight.
         for entry in self.plan.entries.values():
-            missing = [
-                name
-                for name in (entry.name, *entry.aliases)
-                if not isinstance(model.get_parameter(name), OctavoTensor)
-            ]
-            if missing and self.pre_quantized:
-                raise ValueError(
-                    f"{', '.join(missing)}: expected 8-bit weights, found none in the checkpoint. It is incomplete, or "
-                    "its config.json lists other skip patterns than it was written with"
-                )
-            if missing:
-                raise ValueError(
-                    f"{', '.join(missing)}: expected weights to quantize, found none in the checkpoint. A new layer that "
-                    f"is to be trained stays in float: skip=[{missing[0]!r}]"
-                )
+            self._check(model, entry)
         keep_frozen_out_of_adapters(model)
         return model
+
+    def _check(self, model, entry: Entry) -> None:
+        """Raise ValueError if a planned parameter is neither in 8 bits, nor stored in float, nor new."""
+        parameters = {name: model.get_parameter(name) for name in (entry.name, *entry.aliases)}
+        for name, parameter in parameters.items():
+            if isinstance(parameter, OctavoTensor) and tuple(parameter.shape) != entry.shape:
+                raise ValueError(
+                    f"{name}: expected shape {entry.shape}, found {tuple(parameter.shape)} in the checkpoint"
+                )
+        plain = [name for name, parameter in parameters.items() if not isinstance(parameter, OctavoTensor)]
+        # Tying may have put the plain parameter of an alias first; every name must lead to the one quantized weight.
+        if plain and len(plain) < len(parameters):
+            raise ValueError(f"{', '.join(plain)}: expected the 8-bit weights of {entry.name}, found others")
+        loaded = all(getattr(parameters[name], "_is_hf_initialized", False) for name in plain)
+        if loaded and (self.pre_quantized or not plain):
+            return
+        if loaded or is_missing(model, plain[0], self.files):
+            expected = "8-bit weights" if self.pre_quantized else "weights to quantize"
+            raise ValueError(
+                f"{', '.join(plain)}: expected {expected}, found none in the checkpoint, which is incomplete"
+            )
 
     def _cast_plain(self, model):
         # Older transformers (without `get_new_dtype`) leave what has another name in the file, a router say, in its stored type.
@@ -171,7 +191,8 @@ class OctavoHfQuantizer(HfQuantizer):
                 value.data = value.data.to(self.plain_dtypes[name])
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        return param_name in self.dtypes
+        # What is stored keeps its own form, and transformers compares its shape as it does a plain weight's.
+        return not self.pre_quantized and param_name in self.dtypes
 
     def param_element_size(self, model, param_name: str, param) -> float:
         """Bytes a weight takes once it is loaded. By them transformers reserves memory on a GPU before it loads: it would
@@ -244,24 +265,35 @@ class OctavoHfQuantizer(HfQuantizer):
             raise ValueError(
                 f"{name} is stored in 8 bits, but this model keeps it in float: the checkpoint and config.json differ"
             )
-        entry = self._entry(name)
         weight = OctavoTensor.from_packed(
             put_together(name, parts, self.quantization_config.row_block),
             self.dtypes.get(name, self.dtype),
-            entry.transposed,
+            self._entry(name).transposed,
             self.quantization_config.codebook,
         )
-        if tuple(weight.shape) != entry.shape:
-            raise ValueError(
-                f"{name}: expected shape {entry.shape}, found {tuple(weight.shape)} in the checkpoint"
-            )
         return self._parameter(weight)
 
     def get_state_dict_and_metadata(self, model):
+        self._list_plain(model)
         state = {}
         for name, value in model.state_dict().items():
             state.update(pack(name, value) if isinstance(value, OctavoTensor) else {name: value})
         return _without_ties(state, model), {}
+
+    def _list_plain(self, model) -> None:
+        """Add to `skip` what has become float (a grown head, a new one): config.json promises no more than the files hold."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return  # an adapter is saved, without that file
+        config = self.quantization_config
+        plain = [
+            entry.name
+            for entry in plan_model(model, config, strict=False).entries.values()
+            if not isinstance(model.get_parameter(entry.name), OctavoTensor)
+        ]
+        if plain:
+            # A config of their own: the user's may serve other models.
+            self.quantization_config = replace(config, skip=[*config.skip, *plain])
+            model.config.quantization_config = self.quantization_config
 
     def _dequantize(self, model, dtype=None):
         if isinstance(dtype, str):
@@ -278,6 +310,14 @@ class OctavoHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _stored_dtype(config: Any) -> torch.dtype | None:
+    """The type in the config.json that a configuration was read from; None if there is none."""
+    stored, _ = type(config).get_config_dict(
+        config.name_or_path, revision=getattr(config, "_commit_hash", None)
+    )
+    return type(config)(**stored).dtype
 
 
 def _undo_only_renamings(model: Any) -> None:
