@@ -126,8 +126,9 @@ def test_a_configuration_in_place_of_the_folders(both, tmp_path):
     changed = transformers.GPTJConfig.from_pretrained(
         both[0], output_attentions=True, attn_implementation="eager"
     )
+    changed.save_pretrained(tmp_path / "other")
+    changed.name_or_path = "no longer/there"
     for config in (changed, str(tmp_path / "other"), tmp_path / "other"):
-        changed.save_pretrained(tmp_path / "other")
         model = GPTJForCausalLM.from_pretrained(both[0], config=config, attn_implementation="eager")
         assert model.config.output_attentions and len(model(IDS).attentions) == 2
     assert not hasattr(changed, "quantization_config")  # the caller's own object is left alone

@@ -314,9 +314,14 @@ class OctavoHfQuantizer(HfQuantizer):
 
 def _stored_dtype(config: Any) -> torch.dtype | None:
     """The type in the config.json that a configuration was read from; None if there is none."""
-    stored, _ = type(config).get_config_dict(
-        config.name_or_path, revision=getattr(config, "_commit_hash", None)
-    )
+    if not config.name_or_path:
+        return None  # made in memory, as for a checkpoint whose tensors come through our own reader
+    try:
+        stored, _ = type(config).get_config_dict(
+            config.name_or_path, revision=getattr(config, "_commit_hash", None)
+        )
+    except OSError:
+        return None  # no longer there, or it never had one
     return type(config)(**stored).dtype
 
 
