@@ -15,7 +15,8 @@ from .integrations.registration import register_when_needed as _register_when_ne
 if TYPE_CHECKING:
     from .config import OctavoConfig
     from .loading import load, load_tokenizer
-    from .model import CoverageError, dequantize_model, plan_model, quantize_model
+    from .model import CoverageError, dequantize_model, plan_model
+    from .quantization import quantize_model
     from .tensor import OctavoTensor, fallbacks, reset_fallbacks
     from .training.prepare import prepare_for_training
 
@@ -31,7 +32,7 @@ _HOMES = {
     "load_tokenizer": "loading",
     "plan_model": "model",
     "prepare_for_training": "training.prepare",
-    "quantize_model": "model",
+    "quantize_model": "quantization",
     "reset_fallbacks": "tensor",
 }
 __all__ = [

@@ -53,7 +53,8 @@ def load(
 
     Returns:
         The transformers model, in evaluation mode. On a CPU, one whose heads share keys decodes with
-        `octavo.integrations.attention`; `model.set_attn_implementation("sdpa")` takes that back.
+        `octavo.integrations.attention`; `model.set_attn_implementation("sdpa")` takes that back (transformers' continuous
+        batching, `generate_batch`, asks for it).
 
     Raises:
         octavo.checkpoint.CheckpointError: if nothing is found at `src`, or its files are missing, damaged or dangerous.

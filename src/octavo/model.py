@@ -1,4 +1,4 @@
-"""Which parameters of a model are quantized, and quantizing them in place.
+"""Which parameters of a model are quantized (`octavo.quantize_model` does it), and making them plain again.
 
 Everything that holds a large matrix is quantized, whatever its module's class is called: linear layers, embeddings, the head,
 `Conv1D`, fused experts. What stays in float, and why, is in `kept_in_float`; `KEEP_IN_FLOAT` names parameters. No module is
@@ -6,13 +6,14 @@ replaced.
 
 Example:
     >>> import torch, octavo
-    >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100))
-    >>> octavo.quantize_model(model, octavo.OctavoConfig())[1].weight
-    OctavoTensor(shape=(100, 64), dtype=torch.float32, device=cpu, block_size=64, codebook='fitted')
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.LayerNorm(64))
+    >>> plan = plan_model(model, octavo.OctavoConfig())
+    >>> list(plan.entries), plan.other["1.weight"]
+    (['0.weight'], 'a vector')
 """
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -241,45 +242,6 @@ def set_parameter(model: nn.Module, entry: Entry, weight: OctavoTensor) -> None:
     for name in (entry.name, *entry.aliases):
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, parameter)
-
-
-def quantize_model(
-    model: nn.Module, config: OctavoConfig | None = None, progress: Callable[[str, int], None] | None = None
-) -> nn.Module:
-    """Quantize a model's matrices in place.
-
-    Args:
-        model: any module; tied parameters stay tied.
-        config: what is quantized and how. Default: `OctavoConfig()`.
-        progress: called with each parameter's name and number of weights once it is done.
-
-    Returns:
-        The model itself, its computing types unchanged; a transformers model can now be saved with `save_pretrained`.
-
-    Raises:
-        CoverageError: if more than 1 % of the matrices would stay in float without a `skip` pattern.
-        ValueError: on NaN or infinity in a weight, naming it; on a skip pattern that matches nothing.
-    """
-    config = config or OctavoConfig()
-    if any(isinstance(parameter, OctavoTensor) for parameter in model.parameters()):
-        raise ValueError(
-            "the model is quantized already; load it from its float weights to quantize it otherwise"
-        )
-    plan = plan_model(model, config)
-    plan.check()
-    for entry in plan.entries.values():
-        weight = model.get_parameter(entry.name)
-        packed = OctavoTensor.from_float(
-            weight.detach(), config, name=entry.name, transposed=entry.transposed
-        )
-        set_parameter(model, entry, packed)
-        if progress is not None:
-            progress(entry.name, weight.numel())
-    if hasattr(model, "save_pretrained"):
-        from .integrations.transformers import attach
-
-        attach(model, config)
-    return model
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

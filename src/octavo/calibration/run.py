@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 
 class Calibration:
-    """Chooses codes by the output's error on text.
+    """Chooses codes by the output's error on text: what a conversion takes for an `octavo.checkpoint.calibrator.Calibrator`.
 
     Args:
         texts: text files.

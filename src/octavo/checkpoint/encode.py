@@ -19,6 +19,7 @@ import torch
 
 from .. import ops
 from ..quantizer import Packed, quantize_parameter, scale_dtype
+from .calibrator import Calibrator
 from .errors import CheckpointError
 from .shards import ShardFile
 from .source import Source
@@ -58,12 +59,12 @@ class Row:
 
 
 def write_unit(
-    unit: Unit, shard: ShardFile, source: Source, model: Any, calibration: Any = None
+    unit: Unit, shard: ShardFile, source: Source, model: Any, calibration: Calibrator | None = None
 ) -> list[Row]:
     """Read, quantize and write what belongs to a unit.
 
     Args:
-        calibration: an open `octavo.calibration.Calibration`, which chooses the codes of the matrices it can.
+        calibration: an open one, which chooses the codes of the matrices it can.
 
     Raises:
         CheckpointError: if a weight holds NaN or infinity, or cannot be read.
@@ -109,7 +110,7 @@ def _write_output(
     unit: Unit,
     shard: ShardFile,
     source: Source,
-    calibration: Any = None,
+    calibration: Calibrator | None = None,
 ) -> Row:
     if output.entry is None:
         assert tensor is not None
@@ -157,7 +158,7 @@ def _write_matrices(
     count: int,
     read: Callable[[int], torch.Tensor],
     shard: ShardFile,
-    calibration: Any = None,
+    calibration: Calibrator | None = None,
 ) -> Row:
     """Quantize `count` matrices [N, K], each with its own codebook and all with one type of scales."""
     scales = scale_dtype((_computable(read(index)) for index in range(count)), output.config)

@@ -13,10 +13,11 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import OctavoConfig
 from ..model import plan_model
+from .calibrator import Calibrator
 from .errors import CheckpointError
 from .octavo_source import OctavoSource
 from .open import open_source
@@ -26,9 +27,6 @@ from .skeleton import build_skeleton
 from .source import Source
 from .units import Unit, UntiedError, plan_units
 from .write import MAX_SHARD_SIZE, CheckpointWriter, Progress
-
-if TYPE_CHECKING:
-    from ..calibration import Calibration
 
 # Where config.json says that, and on what, the codes were calibrated. Information: any reader may ignore it.
 CALIBRATION_KEY = "octavo_calibration"
@@ -42,7 +40,7 @@ def convert(
     overwrite: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     requantize: bool = False,
-    calibration: "Calibration | None" = None,
+    calibration: Calibrator | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Write an Octavo checkpoint from any supported one.

@@ -19,11 +19,12 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .adapters import save_peft_adapter
+from .calibrator import Calibrator
 from .encode import Row, write_unit
 from .errors import CheckpointError
 from .journal import NAME as JOURNAL_NAME
@@ -34,9 +35,6 @@ from .safetensors_source import DTYPE_NAMES, DTYPES
 from .shards import ShardFile, header_room, plan_shards, shard_names
 from .source import Source
 from .units import Unit
-
-if TYPE_CHECKING:
-    from ..calibration import Calibration
 
 MAX_SHARD_SIZE = 5_000_000_000
 # A unit's line is written once its data is synced; syncing after every norm would cost more than redoing this
@@ -86,7 +84,7 @@ class CheckpointWriter:
         *,
         overwrite: bool = False,
         max_shard_size: int = MAX_SHARD_SIZE,
-        calibration: "Calibration | None" = None,
+        calibration: Calibrator | None = None,
         open_calibration: Callable[[list[str]], None] | None = None,
     ):
         self.source, self.model, self.units, self.place = source, model, units, place
