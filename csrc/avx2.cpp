@@ -6,7 +6,7 @@
 // from 16 h on still count. Each step's table is the exclusive or of a run with the one before, so what the steps of an
 // index add up to is the entry of its own run. Indices from 128 on start negative and take their turn with the top bit flipped.
 #include "kernels.h"
-#include "segments256.h"
+#include "tiles256.h"
 
 namespace octavo {
 namespace {
@@ -82,12 +82,21 @@ void prepare_steps(const float* code, bool fixed, Table& t) {
   t.fixed_unit = top / 16383.0f;
 }
 
+template <bool Bytes>
+constexpr Kernels computed() {
+  using S = Segments256<Bytes>;
+  return {"avx2", prepare_segments, widen<S>, narrow<S>, to_fixed256, dot<S>, dot_fixed<S>, nullptr, transposed<S>, dequantize<S>,
+          absmax<S>, encode<S>, deviate<S>, count<S>, tile_input<S>, tile_rows<S>, tile_transposed<S>, nullptr, nullptr, nullptr};
+}
+
+constexpr Kernels byte_segments = computed<true>(), wide_segments = computed<false>();
+
 }  // namespace
 
 const Kernels& avx2_kernels() {
   static constexpr Kernels kernels{
       "avx2", prepare_steps, widen<Avx2>, narrow<Avx2>, to_fixed256, dot<Avx2>, dot_fixed<Avx2>, nullptr, transposed<Avx2>,
-      dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, deviate<Avx2>, count<Avx2>, &byte_segments256, &wide_segments256};
+      dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, deviate<Avx2>, count<Avx2>, nullptr, nullptr, nullptr, &byte_segments, &wide_segments, avx2_kernels};
   return kernels;
 }
 

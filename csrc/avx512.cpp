@@ -85,7 +85,7 @@ const Kernels& avx512_kernels() {
   static constexpr Kernels bytes = segments512_kernels<true>("avx512"), wide = segments512_kernels<false>("avx512");
   static constexpr Kernels kernels{
       "avx512", prepare_words, widen<Avx512>, narrow<Avx512>, to_fixed512, dot<Avx512>, dot_fixed<Avx512>, nullptr, transposed<Avx512>,
-      dequantize<Avx512>, absmax<Avx512>, encode<Avx512>, deviate<Avx512>, count<Avx512>, &bytes, &wide};
+      dequantize<Avx512>, absmax<Avx512>, encode<Avx512>, deviate<Avx512>, count<Avx512>, nullptr, nullptr, nullptr, &bytes, &wide, avx2_kernels};
   return kernels;
 }
 

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "ops.h"
 #include "parallel.h"
+#include "segments.h"
 
 namespace nb = nanobind;
 
@@ -49,13 +50,23 @@ void linear(Address qdata, Address absmax, bool half, Address code, int64_t rows
 
 // False, and nothing done, where the kernels do not have it for such a matrix.
 bool linear_many(Address qdata, Address absmax, bool half, Address code, int64_t rows, int64_t columns, int64_t block,
-                 Address x, int64_t tokens, Address bias, int bias_type, Address out, int threads) {
+                 Address x, int type, int64_t tokens, Address bias, int bias_type, Address out, int threads) {
   nb::gil_scoped_release released;
   const octavo::Matrix m = matrix(qdata, absmax, half, code, rows, columns, block);
-  if (!octavo::has_many(kernels(), m)) return false;
+  const octavo::DType t = type_of(type);
+  if (t != octavo::kBFloat16 || !octavo::has_many(kernels(), m))
+    return octavo::linear_tiles(kernels(), m, at<const void>(x), t, tokens, at<const void>(bias), type_of(bias_type), at<void>(out),
+                                threads);
   octavo::linear_many(kernels(), m, at<const void>(x), tokens, at<const void>(bias), type_of(bias_type), at<void>(out),
                       threads);
   return true;
+}
+
+bool linear_transposed_many(Address qdata, Address absmax, bool half, Address code, int64_t rows, int64_t columns,
+                            int64_t block, Address x, int type, int64_t tokens, Address out, int threads) {
+  nb::gil_scoped_release released;
+  return octavo::linear_transposed_tiles(kernels(), matrix(qdata, absmax, half, code, rows, columns, block), at<const void>(x),
+                                         type_of(type), tokens, at<void>(out), threads);
 }
 
 void linear_transposed(Address qdata, Address absmax, bool half, Address code, int64_t rows, int64_t columns,
@@ -117,6 +128,11 @@ bool histogram(Address weight, int type, int64_t rows, int64_t columns, int64_t 
                            at<int64_t>(counts), threads);
 }
 
+int segments(Address code) {
+  octavo::Segments found;
+  return octavo::find_segments(at<const float>(code), found) ? found.bytes ? 1 : 2 : 0;
+}
+
 uint64_t read_through(Address data, int64_t bytes, int threads) {
   nb::gil_scoped_release released;
   return octavo::read_through(at<const void>(data), bytes, threads);
@@ -141,12 +157,14 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear);
   m.def("linear_many", &linear_many);
   m.def("linear_transposed", &linear_transposed);
+  m.def("linear_transposed_many", &linear_transposed_many);
   m.def("dequantize", &dequantize);
   m.def("embedding", &embedding);
   m.def("quantize", &quantize);
   m.def("scale_range", &scale_range);
   m.def("squared_error", &squared_error);
   m.def("histogram", &histogram);
+  m.def("segments", &segments, "What a codebook consists of: 0 free entries, 1 segments whose parts fit bytes, 2 other segments.");
   m.def("read_through", &read_through, "Read memory, to measure its bandwidth.");
   m.def("supported", &supported, "Names of the kernels this processor can run, best first.");
   m.def("select", &choose, "Use the kernels of that name from now on.");

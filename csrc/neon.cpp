@@ -189,7 +189,7 @@ bool to_fixed128(const float* x, int64_t tokens, int64_t columns, float unit, fl
 const Kernels& neon_kernels() {
   static constexpr Kernels kernels{
       "neon", prepare_bytes, widen<Neon>, narrow<Neon>, to_fixed128, dot<Neon>, dot_fixed<Neon>, nullptr, transposed<Neon>,
-      dequantize<Neon>, absmax<Neon>, encode<Neon>, deviate<Neon>, count<Neon>, nullptr, nullptr};
+      dequantize<Neon>, absmax<Neon>, encode<Neon>, deviate<Neon>, count<Neon>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   return kernels;
 }
 

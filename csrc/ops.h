@@ -30,6 +30,12 @@ bool has_many(const Kernels&, const Matrix&);
 void linear_many(const Kernels&, const Matrix&, const void* x, int64_t tokens, const void* bias, DType bias_type, void* out,
                  int threads);
 
+// As `linear` and `linear_transposed`, by tiles, for many tokens. False, and nothing done, where the kernels do not have it for such a
+// matrix.
+bool linear_tiles(const Kernels&, const Matrix&, const void* x, DType type, int64_t tokens, const void* bias, DType bias_type,
+                  void* out, int threads);
+bool linear_transposed_tiles(const Kernels&, const Matrix&, const void* x, DType type, int64_t tokens, void* out, int threads);
+
 // out [tokens, columns] = x [tokens, rows] W, out in x's type.
 void linear_transposed(const Kernels&, const Matrix&, const void* x, DType type, int64_t tokens, void* out, int threads);
 

@@ -1,4 +1,6 @@
 // Products with a quantized matrix, and taking it apart: out of 8 bits.
+#include <atomic>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -9,13 +11,14 @@ namespace octavo {
 
 namespace {
 
-// What rounding one token to fixed point has left: values - integers * unit, chunk by chunk. `units` are those of the chunks times
-// `code_unit`, a power of two.
-void take_out(const float* values, const float* units, float code_unit, int64_t columns, float* left) {
+// What rounding one token to fixed point has left: values - integers * unit, chunk by chunk, by the very arithmetic of `to_fixed`.
+void take_out(const float* values, float top_word, int64_t columns, float* left) {
   // Adding and taking away 1.5 * 2^23 rounds to an integer, as the conversion does.
   constexpr float kRound = 12582912.0f;
   for (int64_t c = 0; c < chunks_of(columns); c++) {
-    const float unit = units[c] / code_unit, factor = unit > 0.0f ? 1.0f / unit : 0.0f;
+    float top = 0.0f;
+    for (int64_t k = c * kChunk; k < (c + 1) * kChunk; k++) top = std::max(top, std::fabs(values[k]));
+    const float factor = top > 0.0f ? top_word / top : 0.0f, unit = top / top_word;
     for (int64_t k = c * kChunk; k < (c + 1) * kChunk; k++)
       left[k] = values[k] - ((values[k] * factor + kRound) - kRound) * unit;
   }
@@ -36,7 +39,7 @@ bool fix_tokens(const Kernels& k, const Table& table, const float* values, int64
   for (int64_t m = 0; m < tokens; m++, values += stride)
     for (int64_t plane = 0; plane < 2; plane++, integers += stride, units += chunks) {
       if (!k.to_fixed(plane ? left : values, 1, columns, table.fixed_unit, table.top_word, integers, units)) return false;
-      if (!plane) take_out(values, units, table.fixed_unit, columns, left);
+      if (!plane) take_out(values, table.top_word, columns, left);
     }
   return true;
 }
@@ -137,6 +140,110 @@ void linear_many(const Kernels& k, const Matrix& matrix, const void* x, int64_t 
     const int64_t row0 = task * step;
     k.many(w, table, input, row0, std::min(row0 + step, w.rows), output, scratch);
   });
+}
+
+namespace {
+
+// Room for a product by tiles, kept by each thread.
+TileScratch tile_scratch(int64_t tokens) {
+  static thread_local Scratch memory;
+  constexpr int64_t scales = 4 * kTileColumns / kChunk * kTileRows, tiles = 4 * kTileColumns * kTileRows;
+  float* start = memory.get<float>(scales + tiles + 4 * std::min(tokens, kTileTokens) * kTileRows);
+  return {start + scales + tiles, start, start + scales, reinterpret_cast<int16_t*>(start + scales)};
+}
+
+// Input of a product by tiles, over `columns`: integers for a `run` that is not 0, if the values allow them, else float32.
+TileTokens tile_tokens(const Kernels& k, const void* x, DType type, int64_t tokens, int64_t columns, int64_t run, float top_word,
+                       int threads) {
+  static thread_local Scratch values_memory, units_memory;
+  const int64_t panels = ceil_div(columns, kTileColumns);
+  TileTokens input{tokens, nullptr, nullptr, nullptr, run};
+  float* floats = run ? nullptr : values_memory.get<float>(panels * tokens * kTileColumns);
+  int16_t* words = run ? values_memory.get<int16_t>(panels * tokens * kTileColumns) : nullptr;
+  const int64_t per_token = run ? kTileColumns / run : 0;
+  float* units = run ? units_memory.get<float>(panels * tokens * per_token) : nullptr;
+  std::atomic<bool> usable{true};
+  const Split copies(tokens, columns, threads);
+  parallel(copies.tasks, copies.threads, [&](int64_t task, int) {
+    for (int64_t m = task * copies.step; m < std::min((task + 1) * copies.step, tokens); m++)
+      for (int64_t p = 0; p < panels; p++) {
+        const int64_t at = p * tokens + m, first = p * kTileColumns;
+        if (!k.tile_input(x, type, m * columns + first, std::min(kTileColumns, columns - first), run, top_word,
+                          floats ? floats + at * kTileColumns : nullptr, words ? words + at * kTileColumns : nullptr,
+                          units ? units + at * per_token : nullptr))
+          usable.store(false, std::memory_order_relaxed);
+      }
+  });
+  if (!usable.load()) return tile_tokens(k, x, type, tokens, columns, 0, 0.0f, threads);
+  input.floats = floats;
+  input.words = words;
+  input.units = units;
+  return input;
+}
+
+// Columns that integers are summed up for, and the largest integer that an input becomes, so that the sums stay below 2^31. For
+// bfloat16 11 to 13 bits are exact enough; float16 takes shorter sums of longer integers. 0: float32.
+int64_t word_run(DType type, const Segments& segments, int64_t parts, float* top_word) {
+  const float entries = 1.0f / segments.unit;
+  if (type == kFloat32 || (type == kFloat16 && entries > 8192.0f)) return 0;
+  const int64_t run = std::min<int64_t>(type == kFloat16 ? 32 : 64, kChunk / parts);
+  *top_word = std::min(32767.0f, std::floor(2147483647.0f / (static_cast<float>(run) * entries) - 0.5f));
+  return run;
+}
+
+// The kernels that multiply such a matrix by tiles, and the codebook's table for them; null where there are none.
+const Kernels* tile_kernels(const Kernels& kernels, const Packed& w, const float* code, Table& table) {
+  if (!kernels.tiles || !w.scales.half || parts_of(w.scales) > 4) return nullptr;
+  const Kernels& k = kernels_for(kernels.tiles(), code, false, table);
+  return k.tile ? &k : nullptr;
+}
+
+int used_threads(const Packed& w, int threads) {
+  const int64_t work = w.rows * std::max<int64_t>(1, w.columns);
+  return static_cast<int>(std::clamp<int64_t>(work / kThreadWeights, 1, std::max(1, threads)));
+}
+
+}  // namespace
+
+bool linear_tiles(const Kernels& kernels, const Matrix& matrix, const void* x, DType type, int64_t tokens, const void* bias,
+                  DType bias_type, void* out, int threads) {
+  const Packed w = packed(matrix);
+  Table table;
+  const Kernels* found = tile_kernels(kernels, w, matrix.code, table);
+  if (!found) return false;
+  const Kernels& k = *found;
+  if (tokens == 0 || w.rows == 0) return true;
+  static thread_local Scratch bias_memory;
+  float top_word = 0.0f;
+  const int64_t run = word_run(type, table.segments, parts_of(w.scales), &top_word);
+  const TileTokens input = tile_tokens(k, x, type, tokens, w.columns, run, top_word, threads);
+  Output output{out, type, w.rows, nullptr};
+  if (bias) {
+    float* wide = bias_memory.get<float>(padded(w.rows));
+    k.widen(bias, bias_type, 1, w.rows, wide);
+    output.bias = wide;
+  }
+  parallel(ceil_div(w.rows, kTileTask), used_threads(w, threads), [&](int64_t task, int) {
+    const int64_t row0 = task * kTileTask;
+    k.tile(w, table, input, row0, std::min(row0 + kTileTask, w.rows), output, tile_scratch(tokens));
+  });
+  return true;
+}
+
+bool linear_transposed_tiles(const Kernels& kernels, const Matrix& matrix, const void* x, DType type, int64_t tokens, void* out,
+                             int threads) {
+  const Packed w = packed(matrix);
+  Table table;
+  const Kernels* found = tile_kernels(kernels, w, matrix.code, table);
+  if (!found) return false;
+  const Kernels& k = *found;
+  if (tokens == 0 || w.columns == 0) return true;
+  const TileTokens input = tile_tokens(k, x, type, tokens, w.rows, 0, 0.0f, threads);
+  const Output output{out, type, w.columns, nullptr};
+  parallel(chunks_of(w.columns), used_threads(w, threads), [&](int64_t chunk, int) {
+    k.tile_transposed(w, table, input, chunk, output, tile_scratch(tokens));
+  });
+  return true;
 }
 
 void linear_transposed(const Kernels& kernels, const Matrix& matrix, const void* x, DType type, int64_t tokens, void* out,

@@ -106,14 +106,5 @@ struct Segments256 : Simd256 {
   }
 };
 
-template <bool Bytes>
-constexpr Kernels segments256_kernels() {
-  using S = Segments256<Bytes>;
-  return {"avx2",       prepare_segments, widen<Simd256>,  narrow<Simd256>, to_fixed256, dot<S>,  dot_fixed<S>, nullptr, transposed<S>,
-          dequantize<S>, absmax<Simd256>,  encode<Simd256>, deviate<S>,      count<Simd256>, nullptr, nullptr};
-}
-
-constexpr Kernels byte_segments256 = segments256_kernels<true>(), wide_segments256 = segments256_kernels<false>();
-
 }  // namespace
 }  // namespace octavo

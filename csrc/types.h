@@ -97,6 +97,26 @@ struct ManyScratch {
   uint16_t* panel;   // [kManyColumns / 2, kManyPanel, 2]
 };
 
+// A product by tiles (tiles256.h): kTileRows outputs and kTileColumns of what is summed over. Input lies as for `ManyTokens`:
+// [columns / kTileColumns, count, kTileColumns], zero after the matrix' columns; as float32, or as integers with a unit for each `run`.
+struct TileTokens {
+  int64_t count;
+  const float* floats;    // null where words are used
+  const int16_t* words;
+  const float* units;     // [columns / kTileColumns, count, kTileColumns / run]
+  int64_t run;            // columns that are summed up in 32 bits: 64, 32 or 16
+};
+
+// kTileTask rows (or 64 columns, transposed) make a task; the sums of kTileTokens tokens are kept.
+constexpr int64_t kTileRows = 16, kTileColumns = 256, kTileTask = 2 * kTileRows, kTileTokens = 512;
+
+struct TileScratch {
+  float* sums;            // [4, kTileTokens, kTileRows]
+  float* scales;          // [4 kTileColumns / 64, kTileRows]
+  float* floats;          // [4, kTileColumns, kTileRows]
+  int16_t* words;         // [kTileColumns / 2, kTileRows, 2]; in the place of `floats`
+};
+
 struct Output {
   void* data;             // [tokens, stride] of `type`
   DType type;
@@ -157,9 +177,21 @@ struct Kernels {
   void (*count)(const void* weight, DType type, int64_t rows, int64_t columns, const Scales&, const int64_t* masses,
                 int64_t bins, int64_t* counts, float* scratch);
 
+  // `count` values of x from element `first` on → one token's share of a tile: floats [kTileColumns], or, where `words` is not null,
+  // integers up to `top_word` and units [kTileColumns / run]. False if the values do not allow integers (NaN, infinity).
+  bool (*tile_input)(const void* x, DType type, int64_t first, int64_t count, int64_t run, float top_word, float* floats,
+                     int16_t* words, float* units);
+
+  // out = x Wᵀ + bias for the rows [row0, row1), kTileTask at most; out = x W for one chunk of columns. Null: not supported.
+  void (*tile)(const Packed&, const Table&, const TileTokens&, int64_t row0, int64_t row1, const Output&, const TileScratch&);
+  void (*tile_transposed)(const Packed&, const Table&, const TileTokens&, int64_t chunk, const Output&, const TileScratch&);
+
   // The kernels that compute a codebook of segments whose bases and slopes fit bytes, and of others. Null: these look it up.
   const Kernels* byte_segments;
   const Kernels* wide_segments;
+
+  // The kernels whose tiles these use, or null.
+  const Kernels& (*tiles)();
 };
 
 // How many scales a chunk of 64 weights spans: 1, 2 or 4, or 64 for "one a weight", which serves any block size.

@@ -152,30 +152,98 @@ def test_linear_is_as_exact_as_torch(isa, shape, tokens, dtype, scale_type, with
     check_close(found, truth, x, weight, dtype)
 
 
-@settings(FIXED, max_examples=25)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_float32_by_integers_is_as_exact_as_float32(isa, tokens):
+    """Segments times float32 input in two planes of 16 bits: rounding both alike is what makes the second plane fit the first."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 640, generator=generator)
+    code = codebook.fit(weight, 64)
+    parts = *reference.quantize(weight, code, 64, torch.float16), code, 64
+    for _ in range(30):
+        x = torch.randn(tokens, 640, generator=generator) * 10 ** (
+            torch.rand(640, generator=generator) * 4 - 2
+        )
+        truth = x.double() @ exact(*parts).T
+        error = (cpu.linear_fast(x, *parts).double() - truth).norm() / truth.norm()
+        assert error < 1e-6
+
+
+@settings(FIXED, max_examples=40)
 @given(
     st.integers(1, 300),
     st.one_of(st.integers(1, 700), st.sampled_from([256, 512, 2048, 2050])),
     st.sampled_from([16, 32, 64, 128, 2**40]),
     st.one_of(st.integers(1, 40), st.just(515)),
+    st.sampled_from(FLOATS),
     st.booleans(),
 )
-def test_many_tokens_of_bfloat16(isa, rows, columns, block_size, tokens, with_bias):
-    """The product that vbmi_bf16 has for them, and what stands in elsewhere."""
+def test_many_tokens(isa, rows, columns, block_size, tokens, dtype, with_bias):
+    """The products that kernels have for them: by tiles for segments, and vbmi_bf16's for bfloat16."""
     qdata, absmax, code, generator = packed(rows, columns, block_size, tokens)
-    x = torch.randn(tokens, columns, generator=generator).to(torch.bfloat16)
-    bias = torch.randn(rows, generator=generator).to(torch.bfloat16) if with_bias else None
-    found = cpu.products._linear_many(x, qdata, absmax, code, min(block_size, columns), bias, tokens)
-    assert (found is not None) == (isa == "vbmi_bf16")
+    block_size = min(block_size, columns)
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    bias = torch.randn(rows, generator=generator).to(dtype) if with_bias else None
+    found = cpu.products._linear_many(x, qdata, absmax, code, block_size, bias, tokens)
+    tiles = isa in ("avx2", "avx512", "vbmi", "vbmi_bf16") and codebook.segments(code) is not None
+    if columns % 16 == 0 or block_size != columns:
+        assert (found is not None) == (tiles or (isa == "vbmi_bf16" and dtype == torch.bfloat16))
     if found is None:
         return
-    weight = exact(qdata, absmax, code, min(block_size, columns))
+    weight = exact(qdata, absmax, code, block_size)
     truth = x.double() @ weight.T + (0 if bias is None else bias.double())
-    check_close(found, truth, x, weight, torch.bfloat16)
-    dense = reference.dequantize(qdata, absmax, code, min(block_size, columns), torch.bfloat16)
+    check_close(found, truth, x, weight, dtype)
+    if dtype == torch.float32:
+        return
+    dense = reference.dequantize(qdata, absmax, code, block_size, dtype)
     torch_error = (torch.nn.functional.linear(x, dense, bias).double() - truth).norm()
     # A few outputs may fall to the other side of a rounding.
     assert (found.double() - truth).norm() <= torch_error * (1.01 if found.numel() > 4096 else 1.3) + 1e-9
+
+
+@settings(FIXED, max_examples=25)
+@given(
+    st.one_of(st.integers(1, 600), st.sampled_from([256, 512])),
+    st.one_of(st.integers(1, 300), st.sampled_from([64, 128])),
+    st.sampled_from([16, 32, 64, 2**40]),
+    st.one_of(st.integers(1, 40), st.just(515)),
+    st.sampled_from(FLOATS),
+)
+def test_many_tokens_transposed(isa, rows, columns, block_size, tokens, dtype):
+    qdata, absmax, code, generator = packed(rows, columns, block_size, tokens)
+    x = torch.randn(tokens, rows, generator=generator).to(dtype)
+    out = torch.empty(tokens, columns, dtype=dtype)
+    done = cpu.native.library.linear_transposed_many(
+        *cpu.native.matrix(qdata, absmax, code, min(block_size, columns)),
+        x.data_ptr(),
+        cpu.TYPES[dtype],
+        tokens,
+        out.data_ptr(),
+        2,
+    )
+    if not done:
+        assert isa in ("neon", "portable") or codebook.segments(code) is None
+        return
+    weight = exact(qdata, absmax, code, min(block_size, columns))
+    check_close(out, x.double() @ weight, x, weight.T, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-30])
+def test_many_tokens_of_odd_values(dtype, value):
+    """What integers cannot stand for is multiplied in float32: the other tokens are untouched, NaN spreads as it must."""
+    weight = torch.randn(64, 512)
+    code = codebook.fit(weight, 64)
+    parts = *reference.quantize(weight, code, 64, torch.float16), code, 64
+    x = torch.randn(40, 512).to(dtype)
+    plain = cpu.products._linear_many(x, *parts, None, 40)
+    if plain is None:
+        pytest.skip("no tiles")
+    x[7, 100:] = value
+    found = cpu.products._linear_many(x, *parts, None, 40)
+    others = torch.arange(40) != 7
+    torch.testing.assert_close(found[others], plain[others], rtol=2**-6, atol=0.2)
+    expected = x[7].double() @ exact(*parts).T
+    assert torch.equal(found[7].isfinite(), expected.to(dtype).isfinite())
 
 
 def test_many_tokens_need_blocks_of_sixteen():

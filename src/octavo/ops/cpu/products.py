@@ -22,14 +22,10 @@ import torch.nn.functional as F
 from . import native
 from .native import TYPES
 
-# Most tokens for the fused product; more go through panels of de-quantized rows and PyTorch's matmul. Measured on one core of
-# a Zen 5, 2048 x 2048, ms a call, fused against panels:
-#   bfloat16   8: 0.39 / 0.61   16: 0.77 / 0.74   24: 1.15 / 0.85
-#   float32    8: 0.66 / 1.2    24: 1.9 / 2.4     32: 2.6 / 3.0     64: 5.6 / 6.3 (4096 x 4096: 25 / 24)
-#   float16    8: 0.41 / 1.3    24: 1.2 / 2.4     32: 1.6 / 3.1, and so on in proportion (panels in float32: PyTorch's float16
-#              takes 9.5 at 32)
-_FUSED_TOKENS = {torch.bfloat16: 14, torch.float32: 32, torch.float16: 1 << 40}
-# The same in bfloat16 where the kernels have a product of many tokens (csrc/many_bf16.h), against that. Measured on one core of a
+# Most tokens for the fused product, row by row as the weights are read; more go by the products of many tokens, or through
+# panels of de-quantized rows and PyTorch's matmul.
+#
+# In bfloat16 where the kernels have instructions for it (csrc/many_bf16.h), against that product. Measured on one core of a
 # Zen 5, cycles for 64 weights, fused against many, from cache: 8: 26.5 / 25.5, 16: 53 / 34; from memory: 8: 26 / 31.
 _FUSED_TOKENS_BEFORE_MANY = 8
 # Most tokens for that product; more are taken in groups of 512 (csrc/types.h), each of which decodes the weights again. Measured
@@ -39,9 +35,23 @@ _MANY_TOKENS = 512
 # On processors with matrix tiles (AMX), which PyTorch uses and these kernels do not, panels take over at what its packing of a
 # panel costs, an estimate that is not measured.
 _MANY_TOKENS_TILES = 32
-# The same for avx2, neon and portable, where looking a code up costs more: on avx2, 2048 x 2048, bfloat16, one core of a Zen 5:
+# For a codebook of free entries, against panels. Measured on one core of a Zen 5, 2048 x 2048, ms a call, fused / panels:
+#   bfloat16   8: 0.39 / 0.61   16: 0.77 / 0.74   24: 1.15 / 0.85
+#   float32    8: 0.66 / 1.2    24: 1.9 / 2.4     32: 2.6 / 3.0     64: 5.6 / 6.3 (4096 x 4096: 25 / 24)
+#   float16    8: 0.41 / 1.3    24: 1.2 / 2.4     32: 1.6 / 3.1, and so on in proportion (panels in float32: PyTorch's float16
+#              takes 9.5 at 32)
+_ALWAYS = 1 << 40
+_FUSED_TOKENS_FREE = {torch.bfloat16: 14, torch.float32: 32, torch.float16: _ALWAYS}
+# The same where free entries are looked up slowly (avx2, neon, portable): on avx2, 2048 x 2048, bfloat16, one core of a Zen 5:
 # 4: 1.2 / 1.7   8: 2.3 / 1.9.
 _FUSED_TOKENS_SLOW = 4
+# On AVX2 for a codebook of segments, against its product by tiles (csrc/tiles256.h). One core of a Zen 4 that others used too,
+# 4096 x 4096, processor time of PyTorch's float32 (with AVX-512) over ours, fused / tiles:
+#   tokens      4          8          12         16         32         96    512
+#   float32     2.58/1.41  1.56/1.30  1.32/1.34  1.16/1.31  0.90/1.21  1.22  1.12
+#   bfloat16    3.90/1.93  2.47/1.88  1.98/1.79  1.80/1.72  1.42/1.62  1.59  1.53
+#   float16     3.92/1.81  2.51/1.69  2.00/1.66  1.76/1.57  1.35/1.48  1.47  1.45
+_FUSED_TOKENS_TILES = {torch.float32: 11, torch.bfloat16: 19, torch.float16: 24}
 # Most tokens for the fused product with the transposed matrix, measured as above in bfloat16: 4: 0.52 / 0.60, 8: 0.86 / 0.71.
 _FUSED_TOKENS_TRANSPOSED = 6
 # Rows of a de-quantized panel, and the most bytes of one: half of the third-level cache of the processor measured on. The input
@@ -70,21 +80,46 @@ def _panel_types() -> dict[torch.dtype, torch.dtype]:
 _PANEL_TYPES = _panel_types()
 
 
-def _fused_tokens() -> dict[torch.dtype, int]:
-    if native.library is None or native.library.active() in ("avx2", "neon", "portable"):
-        return dict.fromkeys(TYPES, _FUSED_TOKENS_SLOW)
-    if native.library.active() == "vbmi_bf16":
-        return _FUSED_TOKENS | {torch.bfloat16: _FUSED_TOKENS_BEFORE_MANY}
-    return _FUSED_TOKENS
+_ISA = native.library.active() if native.library is not None else None
 
 
-def _many_tokens() -> int:
-    tiles = native.library is not None and "amx_bf16" in native.library.cpu_features()
-    return _MANY_TOKENS_TILES if tiles else _MANY_TOKENS
+def _fused_tokens() -> tuple[dict[torch.dtype, int], dict[torch.dtype, int]]:
+    """Most tokens for the fused product: with codebooks of segments, and of free entries."""
+    if _ISA == "avx2":
+        return _FUSED_TOKENS_TILES, dict.fromkeys(TYPES, _FUSED_TOKENS_SLOW)
+    if _ISA in ("avx512", "vbmi"):
+        return _FUSED_TOKENS_TILES | {torch.float32: 32}, _FUSED_TOKENS_FREE
+    if _ISA == "vbmi_bf16":
+        free = _FUSED_TOKENS_FREE | {torch.bfloat16: _FUSED_TOKENS_BEFORE_MANY}
+        return free | {torch.float16: _FUSED_TOKENS_TILES[torch.float16]}, free
+    slow = dict.fromkeys(TYPES, _FUSED_TOKENS_SLOW)
+    return slow, slow
 
 
-FUSED_TOKENS = _fused_tokens()
+def _many_tokens() -> dict[torch.dtype, int]:
+    """Most tokens for a product by the kernels alone: by tiles, or in bfloat16 with instructions for it."""
+    if _ISA == "avx2":
+        return dict.fromkeys(TYPES, _ALWAYS)
+    # Tiles in float32 are AVX2's, which a library that uses AVX-512 may outdo; those of integers do more at a time.
+    if _ISA in ("avx512", "vbmi"):
+        return dict.fromkeys(TYPES, _ALWAYS) | {torch.float32: 0}
+    if _ISA == "vbmi_bf16":
+        tiles = "amx_bf16" in native.library.cpu_features()
+        many = _MANY_TOKENS_TILES if tiles else _MANY_TOKENS
+        return {torch.float32: 0, torch.float16: _ALWAYS, torch.bfloat16: many}
+    return dict.fromkeys(TYPES, 0)
+
+
+FUSED_TOKENS, FUSED_TOKENS_FREE = _fused_tokens()
 MANY_TOKENS = _many_tokens()
+
+
+def _fused(tokens: int, dtype: torch.dtype, code: torch.Tensor) -> bool:
+    """Whether so few tokens are multiplied row by row, as the weights are read."""
+    computed, free = FUSED_TOKENS[dtype], FUSED_TOKENS_FREE[dtype]
+    if computed == free or tokens <= min(computed, free) or tokens > max(computed, free):
+        return tokens <= computed
+    return tokens <= (computed if native.library.segments(code.data_ptr()) else free)
 
 
 def linear_fast(x, qdata, absmax, code, block_size, bias=None):
@@ -95,8 +130,9 @@ def linear_fast(x, qdata, absmax, code, block_size, bias=None):
         out = torch.zeros((*x.shape[:-1], rows), dtype=dtype)
         return out if bias is None else out + bias.to(dtype)
     tokens = x.numel() // columns
-    if tokens > FUSED_TOKENS[dtype]:
-        if dtype is torch.bfloat16 and tokens <= MANY_TOKENS:
+    code = code.contiguous()
+    if not _fused(tokens, dtype, code):
+        if tokens <= MANY_TOKENS[dtype]:
             out = _linear_many(x, qdata, absmax, code, block_size, bias, tokens)
             if out is not None:
                 return out
@@ -126,13 +162,14 @@ def _bias(bias):
 
 
 def _linear_many(x, qdata, absmax, code, block_size, bias, tokens):
-    """Many tokens of bfloat16 in one native call, or None where the kernels or the blocks do not allow it."""
+    """Many tokens in one native call, or None where the kernels, the codebook or the blocks do not allow it."""
     out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype)
     x, qdata, absmax, code = x.contiguous(), qdata.contiguous(), absmax.contiguous(), code.contiguous()
     bias, *bias_arguments = _bias(bias)
     done = native.library.linear_many(
         *native.matrix(qdata, absmax, code, block_size),
         x.data_ptr(),
+        TYPES[x.dtype],
         tokens,
         *bias_arguments,
         out.data_ptr(),
@@ -213,6 +250,13 @@ def linear_transposed_fast(x, qdata, absmax, code, block_size):
             *matrix, x.data_ptr(), TYPES[x.dtype], tokens, out.data_ptr(), threads
         )
         return out
+    if MANY_TOKENS[torch.float32]:
+        x = x.contiguous()
+        out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+        if native.library.linear_transposed_many(
+            *matrix, x.data_ptr(), TYPES[x.dtype], tokens, out.data_ptr(), threads
+        ):
+            return out
     # Panels of columns: each sum over the rows is one matmul's, in float32.
     dtype = _PANEL_TYPES[x.dtype]
     flat = x.reshape(-1, rows).to(dtype)
