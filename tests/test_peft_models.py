@@ -38,6 +38,11 @@ CASES = {
     "rsLoRA": (llama_tied, {"target_modules": "all-linear", "use_rslora": True}),
     "experts": (mixtral, {"target_modules": [], "target_parameters": EXPERTS}),
     "experts and linears": (mixtral, {"target_modules": "all-linear", "target_parameters": EXPERTS}),
+    # Its tokens 5 to 7 of the second text begin what the adapter changes.
+    "activated": (
+        llama_tied,
+        {"target_modules": ["q_proj"], "alora_invocation_tokens": IDS[1, 5:8].tolist()},
+    ),
     "some tokens": (gptj, {"target_modules": ["q_proj"], "trainable_token_indices": {"wte": [1, 5, 7]}}),
     "biases": (gptj, {"target_modules": ["fc_in"], "bias": "all"}),
     "norms": (gptj, {"target_modules": ["fc_in"], "modules_to_save": ["ln_1", "ln_f"]}),
