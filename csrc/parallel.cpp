@@ -1,12 +1,16 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
 #if !defined(_WIN32)
 #include <dlfcn.h>
 #include <unistd.h>
@@ -15,11 +19,16 @@
 namespace octavo {
 namespace {
 
+int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 struct Job {
   Body body;
   void* context;
   int ranges;
   std::atomic<int> workers{0};
+  std::atomic<int64_t> first_done{0};  // when the first worker found no more tasks
   // Tasks follow each other in memory. Each worker takes those of a range of its own in order, so that what it reads ahead at
   // the end of one is the start of its next, and then helps with the ranges of others.
   static constexpr int kRanges = 64;
@@ -42,8 +51,38 @@ struct Job {
       Range& r = range[(worker + i) % ranges];
       for (int64_t t; (t = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end;) body(context, t, worker);
     }
+    int64_t none = 0;
+    first_done.compare_exchange_strong(none, nanoseconds(), std::memory_order_relaxed);
   }
 };
+
+// Whether other processes keep workers from their cores. The end of an OpenMP region waits for every worker, also for one that has
+// not begun; so after a wait that is long beside the work, the caller works alone for a while, longer each time.
+class Neighbours {
+ public:
+  bool busy() const { return alone_until_.load(std::memory_order_relaxed) > nanoseconds(); }
+
+  void saw(int64_t start, int64_t first_done, int64_t end, int64_t tasks, int threads) {
+    const int64_t waited = end - first_done, work = first_done - start;
+    if (waited < kLeastWait + 2 * work * threads / tasks || waited < work / 2) {
+      pause_.store(kLeastPause, std::memory_order_relaxed);
+      return;
+    }
+    const int64_t pause = pause_.load(std::memory_order_relaxed);
+    alone_until_.store(end + pause, std::memory_order_relaxed);
+    pause_.store(pause * 2 < kMostPause ? pause * 2 : kMostPause, std::memory_order_relaxed);
+  }
+
+ private:
+  // Nanoseconds. A worker that is awake joins within a few microseconds, one that sleeps within some fifty.
+  static constexpr int64_t kLeastWait = 200000, kLeastPause = 4000000, kMostPause = 128000000;
+  std::atomic<int64_t> alone_until_{0}, pause_{kLeastPause};
+};
+
+Neighbours& neighbours() {
+  static Neighbours found;
+  return found;
+}
 
 // The entry points of libgomp, which LLVM's and Intel's runtimes provide as well.
 struct OpenMp {
@@ -57,12 +96,24 @@ OpenMp& openmp() {
   return found;
 }
 
-// Our own pool: workers sleep until a job comes. One job at a time; a second caller works alone.
+// A processor's hint that a loop only waits.
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+// Our own threads. A worker waits awake for a while, then asleep, until a job comes. The caller works too, and waits at the end only for
+// workers that have begun: one that another process keeps from its core has claimed nothing. One job at a time; a second
+// caller works alone.
 class Pool {
  public:
   void run(Job& job, int threads) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock() || !usable()) return job.work();
+    bool asleep;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < threads - 1) {
@@ -71,20 +122,27 @@ class Pool {
       }
       job_ = &job;
       wanted_ = threads - 1;
-      running_ = wanted_;
-      generation_++;
+      generation_.fetch_add(1, std::memory_order_release);
+      asleep = asleep_ > 0;
     }
-    wake_.notify_all();
+    if (asleep) wake_.notify_all();
     job.work();
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
-    job_ = nullptr;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr;  // who comes now is too late
+    }
+    for (int i = 0; working_.load(std::memory_order_acquire); i++) {
+      relax();
+      // The worker may need this very core.
+      if (i % 64 == 63) std::this_thread::yield();
+    }
   }
 
   ~Pool() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       stop_ = true;
+      generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     for (std::thread& w : workers_)
@@ -95,17 +153,24 @@ class Pool {
  private:
   void serve(int id) {
     uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return stop_ || (generation_ != seen && job_); });
+      const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(kAwake);
+      while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
+        for (int i = 0; i < 32; i++) relax();
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (generation_.load(std::memory_order_relaxed) == seen) {
+        asleep_++;
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        asleep_--;
+      }
       if (stop_) return;
-      seen = generation_;
-      if (id >= wanted_) continue;
+      seen = generation_.load(std::memory_order_relaxed);
+      if (!job_ || id >= wanted_) continue;
       Job* job = job_;
+      working_.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
       job->work();
-      lock.lock();
-      if (--running_ == 0) done_.notify_one();
+      working_.fetch_sub(1, std::memory_order_release);
     }
   }
 
@@ -118,12 +183,16 @@ class Pool {
 #endif
   }
 
+  // Microseconds that a worker waits awake: longer than what lies between two products of a token.
+  static constexpr int kAwake = 100;
+
   std::mutex turn_, mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable wake_;
   std::vector<std::thread> workers_;
   Job* job_ = nullptr;
-  int wanted_ = 0, running_ = 0;
-  uint64_t generation_ = 0;
+  std::atomic<int> working_{0};
+  int wanted_ = 0, asleep_ = 0;
+  std::atomic<uint64_t> generation_{0};
   bool stop_ = false;
 #if !defined(_WIN32)
   const pid_t owner_ = getpid();
@@ -168,7 +237,10 @@ void run_tasks(int64_t tasks, int threads, Body body, void* context) {
   const OpenMp& omp = openmp();
   if (threads <= 1 || inside || (omp.parallel && omp.in_parallel())) return job.work();
   if (omp.parallel) {
+    if (neighbours().busy()) return job.work();
+    const int64_t start = nanoseconds();
     omp.parallel([](void* j) { static_cast<Job*>(j)->work(); }, &job, static_cast<unsigned>(threads), 0);
+    neighbours().saw(start, job.first_done.load(std::memory_order_relaxed), nanoseconds(), tasks, threads);
     return;
   }
   static Pool own;
