@@ -7,8 +7,8 @@ bits. Any case beyond its limit makes the part fail, after the others were run.
 import torch
 import torch.nn.functional as F
 
-from octavo.ops import reference, triton
-from octavo.ops.triton import choose
+from octavo.ops import gpu, reference
+from octavo.ops.gpu import choose, kernels
 
 from .gpu_common import Report, matrix
 
@@ -52,17 +52,18 @@ def run(report: Report, device: str, tiny: bool) -> None:
                 bias = torch.randn(rows, device=device).to(dtype)
                 exact = F.linear(x.double(), weight.double(), bias.double())
                 naive = error(F.linear(x, rounded, bias), exact)
-                for name, kernel in choose.LINEAR.items():
-                    if choose.refusal(name, dtype, tokens, qdata, absmax, block):
+                call = choose.product(dtype, tokens, qdata, absmax, block)
+                for name, kernel in kernels.named().items():
+                    if kernel.operation != "linear" or kernel.unsupported_reason(call):
                         continue
                     # Never chosen for these.
-                    if name == "triton_gemm" and (tokens > choose.GEMM_TOKENS or dtype == torch.float32):
+                    if name == "triton_gemm" and kernel.place(call) is None:
                         continue
                     outputs = [
                         torch.full((tokens, rows), float("nan"), dtype=dtype, device=device) for _ in "12"
                     ]
                     for out in outputs:
-                        kernel(x, qdata, absmax, code, block, bias, out)
+                        kernel.run(x, qdata, absmax, code, block, bias, out)
                     found = error(outputs[0], exact)
                     limit = 1e-5 if dtype == torch.float32 else 1.1 * naive + 1e-6
                     same = torch.equal(*outputs)
@@ -71,18 +72,18 @@ def run(report: Report, device: str, tiny: bool) -> None:
                     )
                 back = torch.randn(tokens, rows, device=device).to(dtype)
                 exact = back.double() @ weight.double()
-                found = error(triton.linear_transposed(back, qdata, absmax, code, block), exact)
+                found = error(gpu.linear_transposed(back, qdata, absmax, code, block), exact)
                 naive = error(back @ rounded, exact)
                 limit = 1e-5 if dtype == torch.float32 else 1.1 * naive + 1e-6
                 bad += check(
                     report, "transposed", type_name, (rows, columns, block), tokens, found, naive, limit, True
                 )
             exact_bits = torch.equal(
-                triton.dequantize(qdata, absmax, code, block, dtype),
+                gpu.dequantize(qdata, absmax, code, block, dtype),
                 reference.dequantize(qdata, absmax, code, block, dtype),
             )
             ids = torch.randint(0, rows, (3, 7), device=device)
-            exact_bits &= torch.equal(triton.embedding(ids, qdata, absmax, code, block, dtype), rounded[ids])
+            exact_bits &= torch.equal(gpu.embedding(ids, qdata, absmax, code, block, dtype), rounded[ids])
             bad += check(
                 report,
                 "decode",
@@ -96,9 +97,7 @@ def run(report: Report, device: str, tiny: bool) -> None:
             )
         if block in ENCODED_BLOCKS:
             bad += encode(report, weight[: 8 if tiny else 600], code, block, types)
-    report.fact(
-        kernels={name: verdict for name, verdict in triton.verify.verdicts().items() if not verdict[0]}
-    )
+    report.fact(kernels={name: verdict for name, verdict in gpu.verify.verdicts().items() if not verdict[0]})
     report.fact(worst=max((row["error / torch's"] for row in report.rows if row["torch's"]), default=0.0))
     raise_wrong(bad)
 
@@ -134,7 +133,7 @@ def encode(report: Report, weight: torch.Tensor, code: torch.Tensor, block: int,
         dtype = TYPES[type_name]
         for scales in (torch.float16, torch.float32):
             w = weight.to(dtype)
-            found = (*triton.quantize(w, code, block, scales), triton.histogram(w, block, 8193, scales))
+            found = (*gpu.quantize(w, code, block, scales), gpu.histogram(w, block, 8193, scales))
             wanted = (
                 *reference.quantize(w, code, block, scales),
                 reference.histogram(w, block, 8193, scales),

@@ -9,8 +9,10 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from octavo.ops import triton
-from octavo.ops.triton import choose, panels
+from octavo.ops import gpu
+from octavo.ops.gpu import choose, kernels
+from octavo.ops.gpu.device import capability
+from octavo.ops.gpu.kernels import panels
 
 from .gpu_common import Report, copies_for, copy_bandwidth, matrix, measure
 
@@ -29,7 +31,7 @@ BLOCK = 64
 
 
 def run(report: Report, device: str, tiny: bool) -> None:
-    dtype = torch.bfloat16 if device == "cpu" or choose.capability(0) >= (8, 0) else torch.float16
+    dtype = torch.bfloat16 if device == "cpu" or capability(0) >= (8, 0) else torch.float16
     bandwidth = copy_bandwidth(device)
     report.fact(copy_bandwidth_gb_s=bandwidth / 1e9, type=str(dtype), block=BLOCK)
     shapes = {"tiny": (48, 128)} if tiny else SHAPES
@@ -55,20 +57,23 @@ def build(rows, columns, dtype, device):
     dense = [torch.randn(rows, columns, device=device).to(dtype) for _ in range(max(2, copies // 2))]
     found = {
         "cuBLAS": [lambda x, w=w: F.linear(x, w) for w in dense],
-        "octavo": [lambda x, m=m: triton.linear(x, *m, BLOCK) for m in packed],
+        "octavo": [lambda x, m=m: gpu.linear(x, *m, BLOCK) for m in packed],
     }
-    for name in choose.LINEAR:
+    for name, kernel in kernels.named().items():
+        if kernel.operation != "linear":
+            continue
         found[name] = [lambda x, m=m, n=name: forced(n, x, m) for m in packed]
     found |= others(rows, columns, dense, dtype, device)
     return found
 
 
 def forced(name, x, packed):
-    why_not = choose.refusal(name, x.dtype, x.shape[0], packed[0], packed[1], BLOCK)
+    kernel = kernels.named()[name]
+    why_not = kernel.unsupported_reason(choose.product(x.dtype, x.shape[0], *packed[:2], BLOCK))
     if why_not or (name == "triton_gemm" and x.shape[0] > 512):
         raise NotImplementedError(why_not)
     out = torch.empty(x.shape[0], packed[0].shape[0], dtype=x.dtype, device=x.device)
-    choose.LINEAR[name](x, *packed, BLOCK, None, out)
+    kernel.run(x, *packed, BLOCK, None, out)
     return out
 
 
@@ -148,11 +153,11 @@ def panel_sizes(report: Report, dtype, device, tiny) -> None:
 
 
 def _panels(packed, x, back, out, out_back, size) -> None:
-    panels.linear(x, *packed, BLOCK, None, out, choose.decode, size)
+    panels.linear(x, *packed, BLOCK, None, out, size)
 
 
 def _panels_transposed(packed, x, back, out, out_back, size) -> None:
-    panels.linear_transposed(back, *packed, BLOCK, out_back, choose.decode, size)
+    panels.linear_transposed(back, *packed, BLOCK, out_back, size)
 
 
 def summary(report: Report) -> None:

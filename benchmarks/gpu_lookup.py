@@ -1,14 +1,15 @@
 """Part "lookup": what each way of looking a code up gives, and the settings of Triton's kernels.
 
 One token times the largest matrix of GPT-J's layers, and the same matrix de-quantized. Every row says which share of the
-measured copy bandwidth the reading of the matrix reaches. From these tables come the constants in `cuda_kernels.py`,
-`gemv.py` and `gemm.py`; tilings are the part "settings".
+measured copy bandwidth the reading of the matrix reaches. From these tables come the constants of the records in
+`octavo/ops/gpu/kernels`; tilings are the part "settings".
 """
 
 import torch
 import torch.nn.functional as F
 
-from octavo.ops.triton import choose, cuda_kernels
+from octavo.ops.gpu.device import capability, have_triton
+from octavo.ops.gpu.kernels import cuda_decode, cuda_mma, cuda_simt
 
 from .gpu_common import Report, copies_for, copy_bandwidth, matrix, measure
 
@@ -27,7 +28,7 @@ def lookups():
 def run(report: Report, device: str, tiny: bool) -> None:
     rows, columns = (64, 1024) if tiny else (16384, 4096)
     dtype, block = torch.bfloat16, 64
-    if device != "cpu" and choose.capability(0) < (8, 0):
+    if device != "cpu" and capability(0) < (8, 0):
         dtype = torch.float16
     bandwidth = copy_bandwidth(device)
     report.fact(copy_bandwidth_gb_s=bandwidth / 1e9, rows=rows, columns=columns, block=block)
@@ -64,9 +65,9 @@ def run(report: Report, device: str, tiny: bool) -> None:
 
 def cuda_sweeps(timed, rows, columns, block, dtype, device, read) -> None:
     dense = torch.empty(rows, columns, dtype=dtype, device=device)
-    products = {"cuda_simt": cuda_kernels.linear_simt}
-    if choose.capability(0) >= (8, 0):
-        products["cuda_mma"] = cuda_kernels.linear_mma
+    products = {"cuda_simt": cuda_simt.linear}
+    if capability(0) >= (8, 0):
+        products["cuda_mma"] = cuda_mma.linear
     for name, extra in lookups().items():
         for kernel, product in products.items():
             timed(
@@ -81,7 +82,7 @@ def cuda_sweeps(timed, rows, columns, block, dtype, device, read) -> None:
             "cuda_decode",
             name,
             1,
-            lambda m, x, out, e=extra: cuda_kernels.decode_rows(*m, block, None, 0, dense, extra=e),
+            lambda m, x, out, e=extra: cuda_decode.decode(*m, block, None, 0, dense, extra=e),
             moved=read + 2 * rows * columns,
         )
     for depth in (1, 2, 4, 8):
@@ -90,16 +91,16 @@ def cuda_sweeps(timed, rows, columns, block, dtype, device, read) -> None:
             "cuda_decode",
             f"depth {depth}",
             1,
-            lambda m, x, out, d=depth: cuda_kernels.decode_rows(*m, block, None, 0, dense, depth=d),
+            lambda m, x, out, d=depth: cuda_decode.decode(*m, block, None, 0, dense, depth=d),
             moved=read + 2 * rows * columns,
         )
 
 
 def triton_sweeps(timed, block) -> None:
-    if not choose.have_triton():
+    if not have_triton():
         return
-    from octavo.ops.triton.gemm import gemm
-    from octavo.ops.triton.gemv import gemv
+    from octavo.ops.gpu.kernels.triton_gemm import gemm
+    from octavo.ops.gpu.kernels.triton_gemv import gemv
 
     for gather in (False, True):
         how = "gather" if gather else "load"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig
 
 import octavo
 from octavo.model import plan_model, set_parameter
-from octavo.ops import triton  # noqa: F401  (importing it registers the kernels for GPUs)
+from octavo.ops import gpu  # noqa: F401  (importing it registers the kernels for GPUs)
 from octavo.quantizer import Packed
 
 from .gpu_common import matrix

@@ -1,5 +1,5 @@
-"""Part "settings": the tilings of the CUDA kernels and the size of panels, on three shapes. The constants of `cuda_kernels.py`
-and `panels.py` come from these tables.
+"""Part "settings": the tilings of the CUDA kernels and the size of panels, on three shapes. The constants of `cuda_mma.py`,
+`cuda_simt.py` and `panels.py` come from these tables.
 
 Every CUDA instance is compiled beforehand, on all cores. A row is a setting, a column a shape: microseconds a call in 16 bits,
 on matrices that together do not fit the cache.
@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 
-from octavo.ops.triton import choose, cuda_kernels, panels
+from octavo.ops.gpu.device import capability
+from octavo.ops.gpu.kernels import cuda_mma, cuda_simt, panels
 
 from .gpu_common import Report, copies_for, matrix, measure
 
 BLOCK = 64
+PRODUCTS = {"linear_simt": cuda_simt, "linear_mma": cuda_mma}
 SHAPES = [(4096, 4096), (16384, 4096), (4096, 16384)]
 # 16-row tiles a warp, groups of warps, depth.
 FEW = [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
@@ -29,7 +31,7 @@ PANEL_TOKENS = (128, 512, 2048)
 
 def run(report: Report, device: str, tiny: bool) -> None:
     shapes = [(64, 128)] if tiny else SHAPES
-    dtype = torch.bfloat16 if device == "cpu" or choose.capability(0) >= (8, 0) else torch.float16
+    dtype = torch.bfloat16 if device == "cpu" or capability(0) >= (8, 0) else torch.float16
     report.fact(block=BLOCK, type=str(dtype))
     cuda = device != "cpu" and not torch.version.hip
     settings = list(fused(device)) if cuda else []
@@ -60,7 +62,7 @@ def run(report: Report, device: str, tiny: bool) -> None:
         for shape, (packed, _) in data.items():
             x = torch.randn(tokens, shape[1], device=device).to(dtype)
             out = torch.empty(tokens, shape[0], dtype=dtype, device=device)
-            product = functools.partial(getattr(cuda_kernels, kernel), **options)
+            product = functools.partial(PRODUCTS[kernel].linear, **options)
             try:
                 row[name_of(shape)] = measure(
                     [lambda m=m, x=x, o=out, p=product: p(x, *m, BLOCK, None, o) for m in packed],
@@ -79,7 +81,7 @@ def fused(device: str):
     for tokens in (1, 2):
         for rows, depth in SIMT:
             yield "linear_simt", tokens, {"tiling": (rows, depth), "extra": ()}
-    if choose.capability(0) < (8, 0):
+    if capability(0) < (8, 0):
         return
     for tokens, tilings in TILINGS.items():
         for tiling in tilings:
@@ -100,8 +102,7 @@ def compiled(setting, dtype) -> None:
     """Compile a setting, if it compiles."""
     kernel, tokens, options = setting
     try:
-        prepare = cuda_kernels._simt if kernel == "linear_simt" else cuda_kernels._mma
-        prepare(tokens, 4096, 0, dtype, torch.float16, options["tiling"], options["extra"])
+        PRODUCTS[kernel].compiled(tokens, 4096, 0, dtype, torch.float16, options["tiling"], options["extra"])
     # It is tried, and reported, again.
     except Exception as failure:
         print(f"{setting}: {failure}")
@@ -131,9 +132,7 @@ def panel_sizes(report: Report, data, dtype, device: str, tiny: bool) -> None:
                     some = packed[: max(2, 2048 // tokens)]
                     row[name_of(shape)] = measure(
                         [
-                            lambda m=m, c=call, b=bias, o=out, s=size: c(
-                                *m, BLOCK, *b, o, choose.decode, s << 20
-                            )
+                            lambda m=m, c=call, b=bias, o=out, s=size: c(*m, BLOCK, *b, o, s << 20)
                             for m in some
                         ],
                         device,

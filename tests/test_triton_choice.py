@@ -1,13 +1,18 @@
 """Which GPU kernel a call gets, and that none is used that does not agree: the logic, without a GPU."""
 
 import ctypes
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from octavo.ops import reference, triton
-from octavo.ops.triton import choose, cuda_kernels, nvrtc, verify, wgmma
+from octavo.ops import gpu, reference
+from octavo.ops.gpu import choose, cuda_launch, device, kernels, nvrtc, verify
+from octavo.ops.gpu.kernel import Call, Instance, Kernel
+from octavo.ops.gpu.kernels import cuda_mma, cuda_simt, cuda_wgmma
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -18,16 +23,28 @@ def _no_forcing(monkeypatch):
     monkeypatch.setattr(verify, "_verdicts", {})
 
 
-def on_gpu(rows=4096, columns=4096, block=64, address=256, contiguous=True):
-    """What the choice looks at of a matrix on a GPU."""
-    common = {"device": torch.device("cuda", 0), "is_contiguous": lambda: contiguous}
-    qdata = SimpleNamespace(
-        shape=(rows, columns), data_ptr=lambda: address, numel=lambda: rows * columns, **common
+def on_gpu(dtype=BF16, tokens=1, capability=(9, 0), rows=4096, columns=4096, block=64, **rest):
+    """A product on a GPU."""
+    return Call(
+        dtype=dtype,
+        tokens=tokens,
+        rows=rows,
+        columns=columns,
+        block_size=block,
+        device=torch.device("cuda", 0),
+        capability=capability,
+        **rest,
     )
-    absmax = SimpleNamespace(shape=(rows, -(-columns // block)), dtype=F16, **common)
-    return qdata, absmax, block
 
 
+def names(call):
+    return [kernel.name for kernel in choose.tried("linear", call)]
+
+
+needs_triton = pytest.mark.skipif(not device.have_triton(), reason="Triton is not installed")
+
+
+@needs_triton
 @pytest.mark.parametrize(
     "dtype, tokens, capability, expected",
     [
@@ -47,12 +64,13 @@ def on_gpu(rows=4096, columns=4096, block=64, address=256, contiguous=True):
     ],
 )
 def test_candidates(dtype, tokens, capability, expected):
-    assert choose.candidates(dtype, tokens, capability) == expected
+    assert names(on_gpu(dtype, tokens, capability)) == expected
 
 
+@needs_triton
 def test_candidates_depend_on_the_shape():
     def first(tokens, rows, columns, capability=(9, 0)):
-        return choose.candidates(BF16, tokens, capability, (rows, columns))[0]
+        return names(on_gpu(BF16, tokens, capability, rows, columns))[0]
 
     # One token: tall matrices, and long rows.
     assert first(1, 16384, 4096) == first(1, 4096, 16384) == "cuda_simt"
@@ -61,7 +79,7 @@ def test_candidates_depend_on_the_shape():
     assert first(33, 1024, 4096, (8, 0)) == "triton_gemm" and first(33, 4096, 4096, (8, 0)) == "cuda_mma"
     assert first(65, 1024, 4096, (8, 0)) == "panels" and first(65, 4096, 4096, (8, 0)) == "triton_gemm"
     # On a GPU of 20 multiprocessors a quarter of the rows is enough.
-    assert choose.candidates(BF16, 33, (8, 0), (1024, 4096), 20)[0] == "cuda_mma"
+    assert names(on_gpu(BF16, 33, (8, 0), 1024, multiprocessors=20))[0] == "cuda_mma"
     # wgmma: the larger the matrix, the more tokens.
     assert first(128, 1024, 4096) == first(256, 4096, 4096) == first(512, 16384, 4096) == "cuda_wgmma"
     assert first(129, 1024, 4096) == first(257, 4096, 4096) == first(513, 16384, 4096) == "panels"
@@ -69,84 +87,131 @@ def test_candidates_depend_on_the_shape():
 
 def test_forcing(monkeypatch):
     monkeypatch.setenv(choose.VARIABLE, "panels")
-    assert choose.candidates(BF16, 1, (9, 0))[0] == "panels"
+    assert names(on_gpu())[0] == "panels"
     monkeypatch.setenv(choose.VARIABLE, "marlin")
     with pytest.raises(ValueError, match="OCTAVO_GPU_LINEAR=marlin: expected one of cuda_mma"):
-        choose.candidates(BF16, 1, (9, 0))
+        names(on_gpu())
 
 
 @pytest.mark.parametrize(
-    "name, dtype, tokens, matrix, capability, reason",
+    "name, call, reason",
     [
-        ("cuda_mma", BF16, 64, on_gpu(), (9, 0), None),
-        ("cuda_mma", BF16, 257, on_gpu(), (9, 0), "257 tokens are more than 256"),
-        ("cuda_mma", F16, 1, on_gpu(), (7, 5), "from compute capability 8.0 on"),
-        ("cuda_mma", F32, 1, on_gpu(), (9, 0), "tensor cores take float16 and bfloat16"),
-        ("cuda_wgmma", F16, 5000, on_gpu(), (9, 0), None),
-        ("cuda_wgmma", F16, 64, on_gpu(), (8, 0), "on compute capability 9.0"),
-        ("cuda_wgmma", F32, 64, on_gpu(), (9, 0), "wgmma takes float16 and bfloat16"),
-        ("cuda_wgmma", F16, 64, on_gpu(columns=1001), (9, 0), "not a multiple of 16"),
-        ("cuda_simt", F32, 8, on_gpu(), (7, 0), None),
-        ("cuda_simt", F16, 9, on_gpu(), (7, 0), "more than 8"),
-        ("cuda_simt", F16, 1, on_gpu(columns=1001), (9, 0), "not a multiple of 16"),
-        ("cuda_simt", F16, 1, on_gpu(block=96), (9, 0), "not a power of two"),
-        ("cuda_simt", F16, 1, on_gpu(address=8), (9, 0), "multiple of 16 bytes"),
-        ("cuda_simt", F16, 1, on_gpu(contiguous=False), (9, 0), "not contiguous"),
-        ("triton_gemv", F16, 2, on_gpu(), (9, 0), "one token"),
-        ("triton_gemm", F16, 2, on_gpu(), (6, 1), "7.0"),
-        ("panels", F32, 5000, on_gpu(columns=1001, block=96), (6, 1), None),
+        ("cuda_mma", on_gpu(BF16, 64, (9, 0)), None),
+        ("cuda_mma", on_gpu(BF16, 257, (9, 0)), "257 tokens are more than 256"),
+        ("cuda_mma", on_gpu(F16, 1, (7, 5)), "from compute capability 8.0 on"),
+        ("cuda_mma", on_gpu(F32, 1, (9, 0)), "tensor cores take float16 and bfloat16"),
+        ("cuda_wgmma", on_gpu(F16, 5000, (9, 0)), None),
+        ("cuda_wgmma", on_gpu(F16, 64, (8, 0)), "on compute capability 9.0"),
+        ("cuda_wgmma", on_gpu(F32, 64, (9, 0)), "wgmma takes float16 and bfloat16"),
+        ("cuda_wgmma", on_gpu(F16, 64, (9, 0), columns=1001), "not a multiple of 16"),
+        ("cuda_simt", on_gpu(F32, 8, (7, 0)), None),
+        ("cuda_simt", on_gpu(F16, 9, (7, 0)), "more than 8"),
+        ("cuda_simt", on_gpu(F16, 1, (9, 0), columns=1001), "not a multiple of 16"),
+        ("cuda_simt", on_gpu(F16, 1, (9, 0), block=96), "not a power of two"),
+        ("cuda_simt", on_gpu(F16, 1, (9, 0), aligned=False), "multiple of 16 bytes"),
+        ("cuda_simt", on_gpu(F16, 1, (9, 0), contiguous=False), "not contiguous"),
+        ("triton_gemv", on_gpu(F16, 2, (9, 0)), "one token"),
+        ("triton_gemm", on_gpu(F16, 2, (6, 1)), "7.0"),
+        ("panels", on_gpu(F32, 5000, (6, 1), columns=1001, block=96), None),
     ],
 )
-def test_refusals(name, dtype, tokens, matrix, capability, reason, monkeypatch):
-    monkeypatch.setattr(choose, "capability", lambda index: capability)
-    monkeypatch.setattr(choose, "have_triton", lambda: True)
-    qdata, absmax, block = matrix
-    why_not = choose.refusal(name, dtype, tokens, qdata, absmax, block)
+def test_unsupported_reasons(name, call, reason):
+    if name.startswith("triton") and not device.have_triton():
+        pytest.skip("Triton is not installed")
+    why_not = kernels.named()[name].unsupported_reason(call)
     assert (why_not is None) == (reason is None)
     assert reason is None or reason in why_not
 
 
-def test_tilings_give_every_multiprocessor_a_block(monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "_multiprocessors", lambda device: 132)
-    assert cuda_kernels.mma_tiling(1, 4096, 0) == (1, 1, 2)
-    assert cuda_kernels.mma_tiling(1, 16384, 0) == (2, 1, 2)
-    assert cuda_kernels.mma_tiling(32, 16384, 0) == (2, 2, 1)
-    assert cuda_kernels.mma_tiling(32, 4096, 0) == (1, 1, 2)
-    assert cuda_kernels.mma_tiling(64, 50400, 0) == (2, 4, 2)
-    assert cuda_kernels.simt_tiling(1, 8448, 0) == (4, 1)
-    assert cuda_kernels.simt_tiling(1, 8447, 0) == (2, 4)
-    assert cuda_kernels.simt_tiling(5, 8448, 0) == (2, 2)
+def test_a_kernel_is_one_file(tmp_path, monkeypatch):
+    """A new file in `kernels/` is tried, checked and may be forced; nothing else has to know of it."""
+    (tmp_path / "fast.py").write_text(
+        "from octavo.ops.gpu.kernel import Kernel\n"
+        "KERNEL = Kernel('fast', 'linear', 'a test', print, lambda call: None, lambda call: 1)\n"
+    )
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    kernels.named.cache_clear()
+    try:
+        assert names(on_gpu())[0] == "fast" and choose.chosen("linear", on_gpu()).run is print
+        monkeypatch.setenv(choose.VARIABLE, "cuda_mma")
+        assert names(on_gpu())[:2] == ["cuda_mma", "fast"]
+    finally:
+        kernels.named.cache_clear()
+
+
+@needs_triton
+def test_the_tables_in_the_documentation_are_the_records():
+    script = Path(__file__).parent.parent / "scripts" / "kernel_tables.py"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_record_bears_its_files_name():
+    assert {name: kernel.name for name, kernel in kernels.named().items()} == {
+        name: name for name in kernels.named()
+    }
+    assert {kernel.operation for kernel in kernels.named().values()} == {"linear", "decode", "encode"}
+    for operation in ("linear", "decode", "encode"):
+        last = choose.tried(operation, on_gpu(F32, 5000, (6, 1), columns=1001, block=96))[-1]
+        assert last.unsupported_reason(on_gpu(F32, 5000, (6, 1), columns=1001, block=96)) is None
+
+
+def test_without_triton_its_kernels_are_left_out(monkeypatch):
+    monkeypatch.setattr(kernels, "named", lambda: {n: k for n, k in known.items() if "triton" not in n})
+    known = dict.fromkeys(kernels.files()) | {
+        name: Kernel(name, "linear", "", print, lambda call: None, lambda call: 1) for name in kernels.files()
+    }
+    monkeypatch.setenv(choose.VARIABLE, "triton_gemv")
+    choose._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="triton_gemv cannot run here: Triton is not installed"):
+        assert "triton_gemv" not in names(on_gpu())
+
+
+def test_tilings_give_every_multiprocessor_a_block():
+    assert cuda_mma.tiling_for(1, 4096, 132) == (1, 1, 2)
+    assert cuda_mma.tiling_for(1, 16384, 132) == (2, 1, 2)
+    assert cuda_mma.tiling_for(32, 16384, 132) == (2, 2, 1)
+    assert cuda_mma.tiling_for(32, 4096, 132) == (1, 1, 2)
+    assert cuda_mma.tiling_for(64, 50400, 132) == (2, 4, 2)
+    assert cuda_simt.tiling_for(1, 8448, 132) == (4, 1)
+    assert cuda_simt.tiling_for(1, 8447, 132) == (2, 4)
+    assert cuda_simt.tiling_for(5, 8448, 132) == (2, 2)
 
 
 def test_columns_are_split_until_every_multiprocessor_has_a_block():
-    # tokens, rows, columns, tokens a block -> shares
+    # tokens, rows, columns, tokens per block -> splits
     for case, splits in {
         (64, 4096, 4096, 64): 4,
         (64, 16384, 4096, 64): 1,
         (64, 14336, 4096, 64): 1,
         (64, 1024, 4096, 64): 16,
         (300, 1024, 4096, 256): 8,
-        # No share of less than 256 columns.
+        # No split of less than 256 columns.
         (64, 128, 1024, 64): 4,
         (64, 128, 64, 64): 1,
         (2048, 50400, 4096, 256): 1,
     }.items():
-        assert wgmma.splits_for(*case, 132) == splits, case
-    assert wgmma.tiling(33)[0] == 64 and wgmma.tiling(65)[0] == 128 and wgmma.tiling(1000)[0] == 256
+        assert cuda_wgmma.splits_for(*case, 132) == splits, case
+    assert (
+        cuda_wgmma.tiling_for(33)[0] == 64
+        and cuda_wgmma.tiling_for(65)[0] == 128
+        and cuda_wgmma.tiling_for(1000)[0] == 256
+    )
 
 
 @pytest.mark.parametrize("columns", [4096, 11008, 2880, 1600, 1001, 16384, 768])
 def test_instances_are_checked_on_rows_that_compile_alike(columns):
-    from octavo.ops.triton.choose import like
+    pytest.importorskip("triton")
+    from octavo.ops.gpu.triton_tables import checked_columns
 
     # What Triton's kernels are compiled for: divisibility by 16, and whole steps of BLOCK_K.
     for factor in (16, 64, 128, 512):
-        assert (like(columns) % factor == 0) == (columns % factor == 0)
+        assert (checked_columns(columns) % factor == 0) == (columns % factor == 0)
 
 
 def test_without_a_gpu_the_status_says_so():
     if not torch.cuda.is_available():
-        assert triton.status()["active"] == "none"
+        assert gpu.status()["active"] == "none"
 
 
 def right(x, qdata, absmax, code, block_size, bias, out):
@@ -191,35 +256,52 @@ def test_decoding_and_encoding_are_checked_exactly():
     assert verify.check_decode(decode, 1040, 64, F16, F16, cpu) == "bit for bit"
     with pytest.raises(verify.Disagreement, match="weights differ"):
         verify.check_decode(off, 1040, 64, F16, F16, cpu)
-    assert verify.check_encode(reference.quantize, reference.histogram, 64, F16, F32, cpu) == "byte for byte"
+    assert verify.check_encode(reference, 1037, 64, F16, F32, cpu) == "byte for byte"
     with pytest.raises(verify.Disagreement):
-        verify.check_encode(reference.quantize, lambda *a: reference.histogram(*a).roll(1), 64, F16, F32, cpu)
+        off = SimpleNamespace(
+            quantize=reference.quantize, histogram=lambda *a: reference.histogram(*a).roll(1)
+        )
+        verify.check_encode(off, 1037, 64, F16, F32, cpu)
+
+
+def checked(run) -> Kernel:
+    """A kernel for products whose check runs `run`."""
+    return Kernel(
+        name="fast",
+        operation="linear",
+        summary="",
+        run=run,
+        unsupported_reason=lambda call: None,
+        place=lambda call: 1,
+        instance=lambda call: Instance(run, 1040, tuning="tall"),
+    )
 
 
 def test_what_fails_is_named_once_and_left_out(monkeypatch):
-    gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(verify, "check_linear", lambda run, *rest: run(*rest))
     calls = []
 
-    def check():
-        calls.append(1)
+    def fails(*arguments):
+        calls.append(arguments)
         raise nvrtc.CompilationFailed("no such instruction")
 
     with pytest.warns(RuntimeWarning, match="GPU kernel fast is not used .*no such instruction"):
-        assert not verify.trusted("fast", gpu, ("float16",), check)
-    assert not verify.trusted("fast", gpu, ("float16",), check)
-    assert len(calls) == 1
-    assert verify.trusted("fast", gpu, ("bfloat16",), lambda: "fine")
+        assert not verify.trusted(checked(fails), on_gpu(F16))
+    assert not verify.trusted(checked(fails), on_gpu(F16))
+    assert calls == [(1, 1040, 64, F16, F16, torch.device("cuda", 0))]
+    assert verify.trusted(checked(lambda *arguments: "fine"), on_gpu(BF16))
+    case = "torch.float16, 1 tokens, block 64, tall, columns 1040"
     assert verify.verdicts() == {
-        "fast, cuda:0, float16": (False, "CompilationFailed: no such instruction"),
-        "fast, cuda:0, bfloat16": (True, "fine"),
+        f"fast, cuda:0, torch.float16, {case}": (False, "CompilationFailed: no such instruction"),
+        f"fast, cuda:0, torch.bfloat16, {case}": (True, "fine"),
     }
 
 
 def test_nothing_is_checked_during_a_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.warns(RuntimeWarning, match="while a CUDA graph is captured"):
-        assert not verify.trusted("fast", torch.device("cuda", 0), ("float16",), lambda: "fine")
+        assert not verify.trusted(checked(right), on_gpu(F16))
     assert verify.verdicts() == {}
 
 
@@ -250,7 +332,7 @@ def kernel_of(driver, monkeypatch):
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
     monkeypatch.setattr(nvrtc, "current_device", lambda: 0)
     monkeypatch.setattr(nvrtc, "raw_stream", lambda device: 77)
-    kernel = object.__new__(nvrtc.Kernel)
+    kernel = object.__new__(nvrtc.Compiled)
     kernel.name, kernel.device, kernel._function = "linear_simt", 0, ctypes.c_void_p(1)
     kernel._context, kernel.shared = ctypes.c_void_p(9), 0
     return kernel
@@ -294,7 +376,8 @@ def test_nvrtc_compiles_the_source():
         nvrtc._nvrtc()
     except nvrtc.CompilationFailed:
         pytest.skip("NVRTC is not installed (CPU builds of PyTorch come without it)")
+    source = cuda_launch.source("common", "stream", "linear_mma")
     defines = ("-DX_TYPE=2", "-DSCALE=1", "-DM_TILES=1", "-DN_TILES=1", "-DDEPTH=2")
-    assert nvrtc.compile_source(cuda_kernels.source("linear_mma"), 90, defines)
+    assert nvrtc.compile_source(source, 90, defines)
     with pytest.raises(nvrtc.CompilationFailed, match="M_TILES"):
-        nvrtc.compile_source(cuda_kernels.source("linear_mma"), 90, ("-DX_TYPE=2", "-DSCALE=1"))
+        nvrtc.compile_source(source, 90, ("-DX_TYPE=2", "-DSCALE=1"))

@@ -12,7 +12,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from octavo.ops.triton import decode, encode, gemm, gemv
+from octavo.ops.gpu.kernels import triton_decode as decode
+from octavo.ops.gpu.kernels import triton_encode as encode
+from octavo.ops.gpu.kernels import triton_gemm as gemm
+from octavo.ops.gpu.kernels import triton_gemv as gemv
 
 POINTERS = {
     "x_ptr": "*{x}",
@@ -23,13 +26,14 @@ POINTERS = {
     "absmax_ptr": "*fp16",
     "ids_ptr": "*i64",
     "code_ptr": "*fp32",
-    "middles_ptr": "*fp32",
-    "parts_ptr": "*fp32",
+    "boundaries_ptr": "*fp32",
+    "partial_ptr": "*fp32",
     "largest_ptr": "*fp32",
+    "median_ptr": "*fp32",
     "bad_ptr": "*i32",
     "counts_ptr": "*i64",
 }
-FLOATS = ("half_bins", "unit")
+FLOATS = ("half_bins", "unit", "cap")
 
 
 def compiled(kernel, capability, constants, x="fp16", **options):
@@ -40,7 +44,7 @@ def compiled(kernel, capability, constants, x="fp16", **options):
             signature[name] = "constexpr"
         else:
             signature[name] = POINTERS.get(name, "fp32" if name in FLOATS else "i32").format(x=x)
-        if name in POINTERS or name in ("columns", "share"):
+        if name in POINTERS or name in ("columns", "split_columns"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -53,7 +57,7 @@ def multiply_constants(tile):
         "HAS_BIAS": True,
         "GATHER": True,
         "EVEN": True,
-        "SPLIT": 1,
+        "SPLIT_K": 1,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
@@ -77,7 +81,9 @@ SMALL = [
         kernel=decode.decode_kernel,
         constants={"BLOCK_SIZE": 64, "HAS_IDS": True, "GATHER": True, "BLOCK_K": 1024},
     ),
-    SimpleNamespace(kernel=gemm.add_shares_kernel, constants={"HAS_BIAS": True, "SPLIT": 4, "BLOCK": 1024}),
+    SimpleNamespace(
+        kernel=gemm.add_partial_kernel, constants={"HAS_BIAS": True, "SPLIT_K": 4, "BLOCK": 1024}
+    ),
     SimpleNamespace(kernel=encode.scales_kernel, constants={**BLOCKS, "HALF": True}),
     SimpleNamespace(kernel=encode.quantize_kernel, constants=BLOCKS),
     SimpleNamespace(kernel=encode.histogram_kernel, constants={**BLOCKS, "COPIES": 32}),

@@ -15,7 +15,8 @@ import torch
 
 from octavo import codebook
 from octavo.ops import reference
-from octavo.ops.triton import cuda_kernels, wgmma
+from octavo.ops.gpu import cuda_launch
+from octavo.ops.gpu.kernels import cuda_decode, cuda_mma, cuda_simt, cuda_wgmma
 
 HERE = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -30,11 +31,8 @@ CALLS["add_parts"] = "((const float*)p[0], (const scalar*)p[1], (scalar*)p[2], n
 
 
 def source(kernel: str) -> str:
-    return (
-        wgmma.source()
-        if kernel in ("permute_x", "add_parts", "linear_wgmma")
-        else cuda_kernels.source(kernel)
-    )
+    wgmma = kernel in ("permute_x", "add_parts", "linear_wgmma")
+    return cuda_launch.source(*(cuda_wgmma.SOURCE if wgmma else ("common", "stream", kernel)))
 
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -252,7 +250,7 @@ class OnHost:
 
 @pytest.fixture
 def launchers(build, monkeypatch):
-    """`cuda_kernels`, its kernels running on the CPU, for a GPU of two multiprocessors."""
+    """The CUDA kernels by name, running on the CPU, for a GPU of two multiprocessors."""
     made = {}
 
     def instance(name, device, parameters):
@@ -260,17 +258,18 @@ def launchers(build, monkeypatch):
             made[name, parameters] = OnHost(build(name, **dict(parameters)))
         return made[name, parameters]
 
-    monkeypatch.setattr(cuda_kernels, "instance", instance)
-    monkeypatch.setattr(cuda_kernels, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(cuda_launch, "instance", instance)
+    for module in (cuda_launch, cuda_mma, cuda_simt):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 2)
     forget()
-    yield cuda_kernels
+    yield {"linear_simt": cuda_simt.linear, "linear_mma": cuda_mma.linear, "decode_rows": cuda_decode.decode}
     forget()
 
 
 def forget() -> None:
     """What the launchers remember of kernels."""
-    for prepared in (cuda_kernels._simt, cuda_kernels._mma, cuda_kernels._decode, cuda_kernels._prepared):
-        prepared.cache_clear()
+    for remembering in (cuda_simt.compiled, cuda_mma.compiled, cuda_decode.compiled, cuda_launch.prepared):
+        remembering.cache_clear()
 
 
 @needs_gxx
@@ -290,7 +289,7 @@ def test_launch_of_a_product(launchers, name, dtype, tokens):
     # Not aligned: the launcher has to copy it.
     x = aligned(torch.zeros(tokens * columns + 1)).to(dtype)[1:].normal_().view(tokens, columns)
     out = torch.full((tokens, rows), float("nan"), dtype=dtype)
-    getattr(launchers, name)(x, qdata, absmax, code, 64, bias, out)
+    launchers[name](x, qdata, absmax, code, 64, bias, out)
     exact = torch.nn.functional.linear(
         x.double(), reference.dequantize(qdata, absmax, code, 64, torch.float32).double(), bias.double()
     )
@@ -307,7 +306,7 @@ def test_launch_of_decoding(launchers):
         wanted = expected if ids is None else expected[ids.long()]
         for first, width in ((0, 528), (256, 272)):
             out = aligned(torch.full((len(wanted), width), float("nan"), dtype=torch.float16))
-            launchers.decode_rows(qdata, absmax, code, 64, ids, first, out)
+            launchers["decode_rows"](qdata, absmax, code, 64, ids, first, out)
             assert torch.equal(out, wanted[:, first : first + width])
 
 

@@ -3,6 +3,7 @@
 Run by test_triton_interpreter.py, or with TRITON_INTERPRET=1 in the environment.
 """
 
+import dataclasses
 import os
 
 import pytest
@@ -69,7 +70,7 @@ def check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias):
     ],
 )
 def test_gemv(gather, dtype, rows, columns, block, scales, with_bias):
-    from octavo.ops.triton.gemv import gemv
+    from octavo.ops.gpu.kernels.triton_gemv import gemv
 
     def run(*arguments):
         gemv(*arguments, gather=gather)
@@ -77,7 +78,7 @@ def test_gemv(gather, dtype, rows, columns, block, scales, with_bias):
     check_linear(run, dtype, 1, rows, columns, block, scales, with_bias)
 
 
-@pytest.mark.parametrize("gather, split", [(False, 2), (True, 3)])
+@pytest.mark.parametrize("gather, split_k", [(False, 2), (True, 3)])
 @pytest.mark.parametrize(
     "dtype, tokens, rows, columns, block, scales, with_bias",
     [
@@ -86,21 +87,21 @@ def test_gemv(gather, dtype, rows, columns, block, scales, with_bias):
         (torch.bfloat16, 33, 64, 512, 4096, torch.float32, False),
     ],
 )
-def test_gemm(gather, split, dtype, tokens, rows, columns, block, scales, with_bias):
-    from octavo.ops.triton.gemm import gemm
+def test_gemm(gather, split_k, dtype, tokens, rows, columns, block, scales, with_bias):
+    from octavo.ops.gpu.kernels.triton_gemm import gemm
 
     def run(*arguments):
-        gemm(*arguments, gather=gather, split=split)
+        gemm(*arguments, gather=gather, split_k=split_k)
 
     check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias)
 
 
-def test_split_fills_the_gpu_and_keeps_shares_long():
-    from octavo.ops.triton.gemm import split_for
+def test_split_fills_the_gpu_and_keeps_splits_long():
+    from octavo.ops.gpu.kernels.triton_gemm import split_k_for
 
-    assert split_for(64, 16384, 128) == 8
-    assert split_for(64, 1024, 128) == 2
-    assert split_for(1000, 16384, 128) == 1
+    assert split_k_for(64, 16384, 128) == 8
+    assert split_k_for(64, 1024, 128) == 2
+    assert split_k_for(1000, 16384, 128) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,17 +114,17 @@ def test_split_fills_the_gpu_and_keeps_shares_long():
     ],
 )
 def test_decode_is_the_reference_bit_for_bit(dtype, columns, block):
-    from octavo.ops import triton
+    from octavo.ops import gpu
 
     qdata, absmax, code = packed(11, columns, block, torch.float16)
     expected = reference.dequantize(qdata, absmax, code, block, dtype)
-    assert torch.equal(triton.dequantize(qdata, absmax, code, block, dtype), expected)
+    assert torch.equal(gpu.dequantize(qdata, absmax, code, block, dtype), expected)
     for kind in (torch.int64, torch.int32):
         ids = torch.tensor([[3, 0], [10, 3]], dtype=kind)
-        rows = triton.embedding(ids, qdata, absmax, code, block, dtype)
+        rows = gpu.embedding(ids, qdata, absmax, code, block, dtype)
         assert rows.shape == (2, 2, columns)
         assert torch.equal(rows, expected[ids.long()])
-    wrong = triton.embedding(torch.tensor([11, -1]), qdata, absmax, code, block, dtype)
+    wrong = gpu.embedding(torch.tensor([11, -1]), qdata, absmax, code, block, dtype)
     assert torch.isnan(wrong).all()
 
 
@@ -138,7 +139,7 @@ def test_decode_is_the_reference_bit_for_bit(dtype, columns, block):
     ],
 )
 def test_quantize_and_histogram_are_the_reference_byte_for_byte(dtype, scales, columns, block):
-    from octavo.ops import triton
+    from octavo.ops import gpu
 
     weight = (torch.randn(7, columns) * torch.logspace(-2, 2, 7)[:, None]).to(dtype)
     weight[2] = 0.0
@@ -147,7 +148,7 @@ def test_quantize_and_histogram_are_the_reference_byte_for_byte(dtype, scales, c
     code = torch.linspace(-1, 1, 256)
     code[127] = 0.0
     for found, expected in zip(
-        (*triton.quantize(weight, code, block, scales), triton.histogram(weight, block, 8193, scales)),
+        (*gpu.quantize(weight, code, block, scales), gpu.histogram(weight, block, 8193, scales)),
         (
             *reference.quantize(weight, code, block, scales),
             reference.histogram(weight, block, 8193, scales),
@@ -159,35 +160,35 @@ def test_quantize_and_histogram_are_the_reference_byte_for_byte(dtype, scales, c
 
 
 def test_ties_and_zeros():
-    from octavo.ops import triton
+    from octavo.ops import gpu
 
     code = torch.linspace(-128, 127, 256) / 128
     weight = torch.cat([torch.tensor([1.0]), (torch.arange(-127, 128) + 0.5) / 128]).view(1, -1)
-    found = triton.quantize(weight, code, 256, torch.float32)[0]
+    found = gpu.quantize(weight, code, 256, torch.float32)[0]
     assert torch.equal(found, reference.quantize(weight, code, 256, torch.float32)[0])
     zeros = torch.zeros(2, 64)
-    assert triton.histogram(zeros, 32, 33, torch.float16).sum() == 0
-    assert not triton.quantize(zeros, code, 32, torch.float16)[1].any()
+    assert gpu.histogram(zeros, 32, 33, torch.float16).sum() == 0
+    assert not gpu.quantize(zeros, code, 32, torch.float16)[1].any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_an_error(bad):
-    from octavo.ops import triton
+    from octavo.ops import gpu
 
     weight = torch.randn(3, 100)
     weight[1, 70] = bad
     for scales in (torch.float16, torch.float32):
         with pytest.raises(ValueError, match="1 NaN or infinite"):
-            triton.quantize(weight, codebook.dynamic(), 64, scales)
+            gpu.quantize(weight, codebook.dynamic(), 64, scales)
         with pytest.raises(ValueError, match="1 NaN or infinite"):
-            triton.histogram(weight, 64, 33, scales)
+            gpu.histogram(weight, 64, 33, scales)
 
 
 def test_scales_too_large_for_float16_are_an_error():
-    from octavo.ops import triton
+    from octavo.ops import gpu
 
     with pytest.raises(ValueError, match="float32"):
-        triton.quantize(torch.full((1, 64), 1e5), codebook.dynamic(), 64, torch.float16)
+        gpu.quantize(torch.full((1, 64), 1e5), codebook.dynamic(), 64, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +196,8 @@ def test_scales_too_large_for_float16_are_an_error():
     [(torch.float32, 1), (torch.float32, 3), (torch.float16, 3), (torch.bfloat16, 1), (torch.bfloat16, 130)],
 )
 def test_linear_and_its_transpose_through_the_choice(dtype, tokens, monkeypatch):
-    from octavo.ops import triton
-    from octavo.ops.triton import panels
+    from octavo.ops import gpu
+    from octavo.ops.gpu.kernels import panels
 
     # Small panels, so that there are several, the last one partial.
     monkeypatch.setattr(panels, "LARGEST_PANEL_BYTES", 1)
@@ -206,17 +207,17 @@ def test_linear_and_its_transpose_through_the_choice(dtype, tokens, monkeypatch)
     weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
     x, bias = torch.randn(2, tokens, columns).to(dtype), torch.randn(rows)
     exact = F.linear(x.double(), weight.double(), bias.double())
-    out = triton.linear(x, qdata, absmax, code, block, bias)
+    out = gpu.linear(x, qdata, absmax, code, block, bias)
     assert out.shape == (2, tokens, rows) and out.dtype == dtype
     assert error(out, exact) <= limit(dtype, x, weight, bias.to(dtype), exact)
     back = torch.randn(2, tokens, rows).to(dtype)
     exact = back.double() @ weight.double()
-    out = triton.linear_transposed(back, qdata, absmax, code, block)
+    out = gpu.linear_transposed(back, qdata, absmax, code, block)
     assert error(out, exact) <= limit(dtype, back, weight.t(), None, exact)
 
 
 def test_panels_fill_the_gpu_within_bounds():
-    from octavo.ops.triton.panels import LARGEST_PANEL_BYTES, step_for
+    from octavo.ops.gpu.kernels.panels import LARGEST_PANEL_BYTES, step_for
 
     # As much as the cache holds, where that fills the GPU.
     assert step_for(8192, 4096, 16384, 2) == 4096
@@ -239,65 +240,66 @@ def test_panels_fill_the_gpu_within_bounds():
 
 
 def test_a_codebook_that_is_not_contiguous():
-    from octavo.ops import triton
+    from octavo.ops import gpu
 
     qdata, absmax, code = packed(32, 64, 64, torch.float16)
     strided = torch.stack([code, torch.full_like(code, 9.0)], 1)[:, 0]
     assert not strided.is_contiguous()
     wanted = reference.dequantize(qdata, absmax, code, 64, torch.float32)
-    assert torch.equal(triton.dequantize(qdata, absmax, strided, 64, torch.float32), wanted)
+    assert torch.equal(gpu.dequantize(qdata, absmax, strided, 64, torch.float32), wanted)
     x = torch.randn(3, 64)
-    assert error(triton.linear(x, qdata, absmax, strided, 64), x.double() @ wanted.double().T) < 1e-5
+    assert error(gpu.linear(x, qdata, absmax, strided, 64), x.double() @ wanted.double().T) < 1e-5
 
 
 def test_empty_tensors():
-    from octavo.ops import triton
+    from octavo.ops import gpu
 
     qdata, absmax, code = packed(5, 64, 32, torch.float16)
     matrix = (qdata, absmax, code, 32)
-    assert triton.linear(torch.empty(0, 64), *matrix).shape == (0, 5)
-    assert triton.linear_transposed(torch.empty(2, 0, 5), *matrix).shape == (2, 0, 64)
-    assert triton.embedding(torch.empty(0, dtype=torch.int64), *matrix, torch.float16).shape == (0, 64)
-    narrow = triton.linear(torch.empty(3, 0), qdata[:, :0], absmax[:, :0], code, 32)
+    assert gpu.linear(torch.empty(0, 64), *matrix).shape == (0, 5)
+    assert gpu.linear_transposed(torch.empty(2, 0, 5), *matrix).shape == (2, 0, 64)
+    assert gpu.embedding(torch.empty(0, dtype=torch.int64), *matrix, torch.float16).shape == (0, 64)
+    narrow = gpu.linear(torch.empty(3, 0), qdata[:, :0], absmax[:, :0], code, 32)
     assert torch.equal(narrow, torch.zeros(3, 5))
-    assert triton.quantize(torch.empty(0, 64), code, 32, torch.float16)[0].shape == (0, 64)
+    assert gpu.quantize(torch.empty(0, 64), code, 32, torch.float16)[0].shape == (0, 64)
 
 
 @pytest.fixture
 def nothing_chosen(monkeypatch):
     """OCTAVO_GPU_LINEAR is read when a kernel is chosen, once for each shape."""
-    from octavo.ops.triton import choose
+    from octavo.ops.gpu import choose
 
-    monkeypatch.setattr(choose, "_chosen", {})
+    monkeypatch.setattr(choose, "_products", {})
     monkeypatch.setattr(choose, "_bound", {})
 
 
 @pytest.mark.usefixtures("nothing_chosen")
 @pytest.mark.parametrize("name", ["triton_gemv", "triton_gemm", "panels"])
 def test_a_kernel_can_be_forced(name, monkeypatch):
-    from octavo.ops import triton
-    from octavo.ops.triton import choose
+    from octavo.ops import gpu
+    from octavo.ops.gpu import kernels
 
     monkeypatch.setenv("OCTAVO_GPU_LINEAR", name)
-    monkeypatch.setitem(choose.LINEAR, name, spy := Spy(choose.LINEAR[name]))
+    record = kernels.named()[name]
+    monkeypatch.setitem(kernels.named(), name, dataclasses.replace(record, run=(spy := Spy(record.run))))
     qdata, absmax, code = packed(5, 64, 32, torch.float16)
-    triton.linear(torch.randn(1, 64), qdata, absmax, code, 32)
+    gpu.linear(torch.randn(1, 64), qdata, absmax, code, 32)
     assert spy.calls == 1
 
 
 @pytest.mark.usefixtures("nothing_chosen")
 def test_a_kernel_that_cannot_run_warns_and_the_next_is_taken(monkeypatch):
-    from octavo.ops import triton
-    from octavo.ops.triton import choose
+    from octavo.ops import gpu
+    from octavo.ops.gpu import choose
 
     monkeypatch.setenv("OCTAVO_GPU_LINEAR", "cuda_mma")
     qdata, absmax, code = packed(5, 64, 32, torch.float16)
     with pytest.warns(RuntimeWarning, match="cuda_mma cannot run here: CUDA kernels need an NVIDIA GPU"):
-        triton.linear(torch.randn(1, 64), qdata, absmax, code, 32)
+        gpu.linear(torch.randn(1, 64), qdata, absmax, code, 32)
     monkeypatch.setenv("OCTAVO_GPU_LINEAR", "fast")
-    choose._chosen.clear()
+    choose._products.clear()
     with pytest.raises(ValueError, match="expected one of cuda_mma"):
-        triton.linear(torch.randn(1, 64), qdata, absmax, code, 32)
+        gpu.linear(torch.randn(1, 64), qdata, absmax, code, 32)
 
 
 class Spy:

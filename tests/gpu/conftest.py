@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from octavo.ops import triton  # noqa: F401  (importing it registers the kernels for GPUs)
+from octavo.ops import gpu  # noqa: F401  (importing it registers the kernels for GPUs)
 
 REQUIRED = os.environ.get("OCTAVO_REQUIRE_GPU") == "1"
 

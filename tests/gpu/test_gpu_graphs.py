@@ -58,13 +58,13 @@ def test_captured_graphs_follow_their_inputs(tokens, device):
 
 
 def test_a_kernel_first_met_in_a_capture_warns(device, monkeypatch):
-    from octavo.ops.triton import choose, verify
+    from octavo.ops.gpu import choose, verify
 
     packed = matrix(64, 256, device)
     x = torch.randn(1, 256, device=device).half()
     ops.linear(torch.randn(200, 256, device=device).half(), *packed)  # cuBLAS is set up
     monkeypatch.setattr(verify, "_verdicts", {})
-    monkeypatch.setattr(choose, "_chosen", {})
+    monkeypatch.setattr(choose, "_products", {})
     monkeypatch.setattr(choose, "_bound", {})
     graph = torch.cuda.CUDAGraph()
     with pytest.warns(RuntimeWarning, match="while a CUDA graph is captured"), torch.cuda.graph(graph):
@@ -72,7 +72,7 @@ def test_a_kernel_first_met_in_a_capture_warns(device, monkeypatch):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.isfinite(out).all()
-    assert not choose._chosen
+    assert not choose._products
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -1,5 +1,6 @@
 """The kernels on a GPU: against float64, with poisoned outputs, each by name and through the choice."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from octavo import codebook, ops
-from octavo.ops import reference, triton
-from octavo.ops.triton import choose, cuda_kernels, verify
+from octavo.ops import gpu, reference
+from octavo.ops.gpu import choose, kernels, verify
+from octavo.ops.gpu.kernel import Instance
+from octavo.ops.gpu.kernels import cuda_decode, cuda_simt, cuda_wgmma, panels
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -37,19 +40,18 @@ def limit(dtype, x, weight, bias, exact):
 @pytest.mark.parametrize(
     "rows, columns, block", [(1000, 4096, 64), (77, 11008, 128), (515, 1037, 32), (48, 2560, 4096)]
 )
-@pytest.mark.parametrize("name", list(choose.LINEAR))
+@pytest.mark.parametrize(
+    "name", [name for name, kernel in kernels.named().items() if kernel.operation == "linear"]
+)
 def test_linear(name, rows, columns, block, device):
     """Every type and number of tokens a kernel takes: the error, every element written, and the same bits twice."""
-    tried = 0
+    kernel, tried = kernels.named()[name], 0
     for scales in (torch.float16, torch.float32):
         qdata, absmax, code = packed(rows, columns, block, scales, device)
         weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
         for dtype, tokens in itertools.product(TYPES, (1, 2, 7, 8, 16, 31, 64, 128, 200)):
-            if choose.refusal(name, dtype, tokens, qdata, absmax, block):
-                continue
-            if name == "triton_gemm" and (
-                tokens > choose.GEMM_TOKENS or dtype == torch.float32 or not has_bfloat16()
-            ):
+            call = choose.product(dtype, tokens, qdata, absmax, block)
+            if kernel.unsupported_reason(call) or (name == "triton_gemm" and kernel.place(call) is None):
                 continue
             # One of the odd token counts is enough for the second type of scales.
             if scales == torch.float32 and tokens not in (1, 7, 31):
@@ -60,7 +62,7 @@ def test_linear(name, rows, columns, block, device):
             exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
             outputs = [torch.full((tokens, rows), float("nan"), dtype=dtype, device=device) for _ in range(2)]
             for out in outputs:
-                choose.LINEAR[name](x, qdata, absmax, code, block, bias, out)
+                kernel.run(x, qdata, absmax, code, block, bias, out)
             assert error(outputs[0], exact) <= limit(dtype, x, weight, bias, exact), (dtype, tokens, scales)
             assert torch.equal(*outputs), (dtype, tokens, scales)
     assert tried or (name.startswith("cuda") and (columns % 16 or not has_bfloat16()))
@@ -71,8 +73,8 @@ def test_copies_of_the_table_change_no_bit(copies, device):
     qdata, absmax, code = packed(256, 4096, 64, torch.float16, device)
     x = torch.randn(1, 4096, device=device).half()
     out, other = torch.empty(1, 256, device=device).half(), torch.empty(1, 256, device=device).half()
-    cuda_kernels.linear_simt(x, qdata, absmax, code, 64, None, out)
-    cuda_kernels.linear_simt(x, qdata, absmax, code, 64, None, other, extra=(("COPIES", copies),), grid=3)
+    cuda_simt.linear(x, qdata, absmax, code, 64, None, out)
+    cuda_simt.linear(x, qdata, absmax, code, 64, None, other, extra=(("COPIES", copies),), grid=3)
     assert torch.equal(out, other)
 
 
@@ -145,7 +147,7 @@ def test_a_thread_in_which_nothing_of_cuda_has_run(device):
 
     def run(out):
         try:
-            cuda_kernels.decode_rows(*parts[:3], 64, None, 0, out)
+            cuda_decode.decode(*parts[:3], 64, None, 0, out)
         except Exception as failure:
             failures.append(failure)
 
@@ -176,12 +178,9 @@ def test_launches_with_sizes_filled_in_follow_the_tensors(device):
 @pytest.mark.parametrize("splits", [1, 2, 5, None])
 @pytest.mark.parametrize("tokens", [1, 33, 100, 256, 300])
 def test_wgmma(tokens, splits, device):
-    from octavo.ops.triton import wgmma
-
-    if torch.cuda.get_device_capability() != wgmma.CAPABILITY:
-        assert choose.refusal(
-            "cuda_wgmma", torch.float16, tokens, *packed(16, 64, 64, torch.float16, device)[:2], 64
-        )
+    if torch.cuda.get_device_capability() != cuda_wgmma.CAPABILITY:
+        call = choose.product(torch.float16, tokens, *packed(16, 64, 64, torch.float16, device)[:2], 64)
+        assert cuda_wgmma.KERNEL.unsupported_reason(call)
         return
     for rows, columns, block, dtype in ((515, 1040, 64, torch.bfloat16), (1000, 11008, 32, torch.float16)):
         qdata, absmax, code = packed(rows, columns, block, torch.float16, device)
@@ -191,7 +190,7 @@ def test_wgmma(tokens, splits, device):
         exact = F.linear(x.double(), weight.double(), bias.double())
         outputs = [torch.full((tokens, rows), float("nan"), dtype=dtype, device=device) for _ in range(2)]
         for out in outputs:
-            wgmma.linear_wgmma(x, qdata, absmax, code, block, bias, out, splits=splits)
+            cuda_wgmma.linear(x, qdata, absmax, code, block, bias, out, splits=splits)
         assert error(outputs[0], exact) <= limit(dtype, x, weight, bias, exact)
         assert torch.equal(*outputs)
 
@@ -205,7 +204,7 @@ def test_a_bias_is_added_before_rounding(tokens, device):
     weight = reference.dequantize(qdata, absmax, code, 64, torch.float32)
     x, bias = torch.randn(tokens, 4096, device=device).half(), torch.randn(50400, device=device).half()
     out = torch.empty(tokens, 50400, dtype=torch.float16, device=device)
-    choose.LINEAR["panels"](x, qdata, absmax, code, 64, bias, out)
+    panels.linear(x, qdata, absmax, code, 64, bias, out)
     exact = F.linear(x.double(), weight.double(), bias.double())
     assert error(out, exact) <= limit(torch.float16, x, weight, bias, exact)
 
@@ -228,7 +227,7 @@ def test_no_large_float_copy_is_ever_held(device):
 
 
 def test_every_kernel_that_was_used_was_checked_and_none_refused(device):
-    status = triton.status()
+    status = gpu.status()
     assert status["kernels"]
     assert all(good for good, _ in status["kernels"].values()), status
 
@@ -237,10 +236,13 @@ def test_a_wrong_kernel_is_named_and_left_out(device, monkeypatch):
     def wrong(x, qdata, absmax, code, block_size, bias, out):
         out.fill_(1.0)
 
-    monkeypatch.setitem(choose.LINEAR, "cuda_simt", wrong)
+    record = dataclasses.replace(
+        cuda_simt.KERNEL, run=wrong, instance=lambda call: Instance(wrong, 1040), bind=None
+    )
+    monkeypatch.setitem(kernels.named(), "cuda_simt", record)
     monkeypatch.setenv("OCTAVO_GPU_LINEAR", "cuda_simt")
     monkeypatch.setattr(verify, "_verdicts", {})
-    monkeypatch.setattr(choose, "_chosen", {})
+    monkeypatch.setattr(choose, "_products", {})
     monkeypatch.setattr(choose, "_bound", {})
     qdata, absmax, code = packed(64, 512, 64, torch.float16, device)
     x = torch.randn(1, 512, device=device).half()

@@ -1,6 +1,6 @@
 """Octavo's operations over plain tensors: quantize, dequantize, linear, linear_transposed, embedding, histogram.
 
-`schema` declares them, `reference` defines them in plain PyTorch, `cpu` and `triton` register faster kernels for their
+`schema` declares them, `reference` defines them in plain PyTorch, `cpu` and `gpu` register faster kernels for their
 devices. The functions here are the ones to call; each goes through PyTorch's dispatcher to the kernel of the tensors'
 device.
 
@@ -16,7 +16,7 @@ Example:
 
 import torch
 
-from . import cpu, direct, reference, schema, triton  # noqa: F401  (importing them registers the operations)
+from . import cpu, direct, gpu, reference, schema  # noqa: F401  (importing them registers the operations)
 from .schema import blocks_per_row
 
 __all__ = [
@@ -149,4 +149,4 @@ def histogram(
 
 def kernels() -> dict[str, dict[str, object]]:
     """Which kernels run on which kind of device, and why: kind → {"active": ..., "reason": ...}, for `octavo doctor`."""
-    return {"CPU": cpu.status(), "GPU": triton.status()}
+    return {"CPU": cpu.status(), "GPU": gpu.status()}

@@ -20,7 +20,7 @@ Example:
 import torch
 from torch.autograd import forward_ad
 
-from . import cpu, schema, triton
+from . import cpu, gpu, schema
 
 
 def linear(x, qdata, absmax, code, block_size, bias=None):
@@ -87,11 +87,11 @@ def _straight(x: torch.Tensor, qdata: torch.Tensor, bias: torch.Tensor | None, w
 
 
 def _linear(x, *rest):
-    return cpu.linear_fast(x, *rest) if x.is_cpu else triton.linear(x, *rest)
+    return cpu.linear_fast(x, *rest) if x.is_cpu else gpu.linear(x, *rest)
 
 
 def _transposed(x, *rest):
-    return cpu.linear_transposed_fast(x, *rest) if x.is_cpu else triton.linear_transposed(x, *rest)
+    return cpu.linear_transposed_fast(x, *rest) if x.is_cpu else gpu.linear_transposed(x, *rest)
 
 
 def no_view(out: torch.Tensor) -> torch.Tensor:

@@ -182,7 +182,7 @@ def _weights(model: nn.Module, device: str) -> Estimate:
 def _panel(model: nn.Module, tokens: int, dtype: torch.dtype, device: str) -> int:
     """The kernels' own workspace: the largest panel of a matrix that a product of many tokens de-quantizes."""
     from ..ops.cpu.products import panel_bytes
-    from ..ops.triton.panels import step_for
+    from ..ops.gpu.kernels.panels import step_for
 
     with_bias = set()
     for module in model.modules():

@@ -10,7 +10,8 @@ Example:
 import triton
 import triton.language as tl
 
-from .tables import decode_tile, load_table
+from ..kernel import Call, Instance, Kernel
+from ..triton_tables import checked_columns, decode_tile, load_table, unsupported_reason
 
 # Measured on an H100, 16384 x 4096, microseconds: gathered 4 x 512: 46.0, 8 x 512: 45.8, 16 x 256: 47.2; not gathered 59 to 78.
 BLOCK_N = 8
@@ -105,3 +106,18 @@ def gemv(
         BLOCK_K=block_k,
         num_warps=num_warps,
     )
+
+
+def _unsupported_reason(call: Call) -> str | None:
+    return unsupported_reason(call) or ("triton_gemv takes one token" if call.tokens > 1 else None)
+
+
+KERNEL = Kernel(
+    name="triton_gemv",
+    operation="linear",
+    summary="one token, any row length and block size",
+    run=gemv,
+    unsupported_reason=_unsupported_reason,
+    place=lambda call: 50 if call.tokens == 1 else None,
+    instance=lambda call: Instance(gemv, checked_columns(call.columns)),
+)

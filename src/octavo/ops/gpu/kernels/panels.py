@@ -5,10 +5,15 @@ whole out of one product: nothing is summed up over panels, and nothing rounded 
 only into a result that is contiguous does cuBLAS add it before rounding.
 
 Example:
-    >>> linear(x, qdata, absmax, code, 64, None, out, decode)   # doctest: +SKIP
+    >>> from octavo.ops.gpu.kernels import panels
+    >>> panels.step_for(8192, other=4096, total=16384, itemsize=2)     # rows of a 16384 x 4096 matrix at a time
+    4096
 """
 
 import torch
+
+from ..choose import decode
+from ..kernel import Kernel
 
 # Workspace for a panel. A product should have a tile of 128 x 256 for each of an H100's 132 multiprocessors, which for few
 # tokens takes a large panel; and there is an end. H100, bfloat16, microseconds with panels of 16 / 32 / 64 / 128 MiB:
@@ -30,7 +35,7 @@ def step_for(
     *,
     bias: bool = False,
 ) -> int:
-    """Rows a panel of `other` columns each, out of `total` (or columns of `other` rows).
+    """Rows per panel of `other` columns each, out of `total` (or columns of `other` rows).
 
     Args:
         panel_bytes: the workspace; by default as large as the constants above want it.
@@ -50,12 +55,8 @@ def step_for(
     return min(total, -(-total // (count * STEP)) * STEP)
 
 
-def linear(x, qdata, absmax, code, block_size, bias, out, decode, panel_bytes=None) -> None:
-    """x [M, K] Wᵀ + bias into out [M, N].
-
-    Args:
-        decode: decode(qdata, absmax, code, block_size, ids, first_column, out), as in `decode.py`.
-    """
+def linear(x, qdata, absmax, code, block_size, bias, out, panel_bytes=None) -> None:
+    """x [M, K] Wᵀ + bias into out [M, N]."""
     rows, columns = qdata.shape
     step = step_for(x.shape[0], columns, rows, x.element_size(), panel_bytes, bias=bias is not None)
     workspace = torch.empty((step, columns), dtype=x.dtype, device=x.device)
@@ -71,7 +72,7 @@ def linear(x, qdata, absmax, code, block_size, bias, out, decode, panel_bytes=No
             out[:, start:stop] = torch.addmm(bias[start:stop], x, panel.t())
 
 
-def linear_transposed(x, qdata, absmax, code, block_size, out, decode, panel_bytes=None) -> None:
+def linear_transposed(x, qdata, absmax, code, block_size, out, panel_bytes=None) -> None:
     """x [M, N] W into out [M, K]."""
     rows, columns = qdata.shape
     step = step_for(x.shape[0], rows, columns, x.element_size(), panel_bytes)
@@ -81,3 +82,13 @@ def linear_transposed(x, qdata, absmax, code, block_size, out, decode, panel_byt
         panel = workspace[: rows * (stop - start)].view(rows, stop - start)
         decode(qdata, absmax, code, block_size, None, start, panel)
         torch.mm(x, panel, out=out[:, start:stop])
+
+
+KERNEL = Kernel(
+    name="panels",
+    operation="linear",
+    summary="a panel of the matrix is de-quantized into a workspace (32 to 128 MiB) and multiplied by cuBLAS; takes every call",
+    run=linear,
+    unsupported_reason=lambda call: None,
+    place=lambda call: 100,
+)

@@ -7,12 +7,16 @@ Example:
     >>> qdata, absmax = quantize(weight, code, 64, torch.float16)   # doctest: +SKIP
 """
 
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
 
-from .. import reference
-from ..schema import blocks_per_row
+from ... import reference
+from ...schema import blocks_per_row
+from ..kernel import Instance, Kernel
+from ..triton_tables import unsupported_reason
 
 # Weights a program handles at least; rows of blocks are taken together until they are this many.
 # Not yet measured on any GPU.
@@ -70,7 +74,7 @@ def scales_kernel(
 def quantize_kernel(
     weight_ptr,
     absmax_ptr,
-    middles_ptr,
+    boundaries_ptr,
     qdata_ptr,
     count,
     blocks,
@@ -89,8 +93,8 @@ def quantize_kernel(
     index = tl.zeros([BLOCKS, PADDED], dtype=tl.int32)
     for bit in tl.static_range(8):
         step = 128 >> bit
-        middle = tl.load(middles_ptr + index + (step - 1))
-        index = tl.where(middle < value, index + step, index)
+        boundary = tl.load(boundaries_ptr + index + (step - 1))
+        index = tl.where(boundary < value, index + step, index)
     tl.store(qdata_ptr + at, index.to(tl.uint8), mask=inside)
 
 
@@ -178,10 +182,10 @@ def quantize(weight, code, block_size, absmax_dtype):
     weight = _computing_type(weight)
     absmax = _scales("quantize", weight, block_size, absmax_dtype)
     qdata = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    middles = (code[:-1] + code[1:]) * 0.5
+    boundaries = (code[:-1] + code[1:]) * 0.5
     count, blocks, columns, shape = _grid(weight, block_size)
     quantize_kernel[(triton.cdiv(count, shape["BLOCKS"]),)](
-        weight, absmax, middles, qdata, count, blocks, columns, **shape, enable_fp_fusion=False
+        weight, absmax, boundaries, qdata, count, blocks, columns, **shape, enable_fp_fusion=False
     )
     return qdata, absmax
 
@@ -214,3 +218,16 @@ def histogram(weight, block_size, bins, absmax_dtype):
         enable_fp_fusion=False,
     )
     return counts.sum(0)
+
+
+ENCODER = SimpleNamespace(quantize=quantize, histogram=histogram)
+
+KERNEL = Kernel(
+    name="triton_encode",
+    operation="encode",
+    summary="quantizes a weight and counts a codebook's histogram",
+    run=ENCODER,
+    unsupported_reason=unsupported_reason,
+    place=lambda call: 10,
+    instance=lambda call: Instance(ENCODER, columns=1037),
+)

@@ -1,4 +1,4 @@
-"""De-quantizing a tile in Triton: code[q] * absmax for BLOCK_N rows and BLOCK_K columns.
+"""What the kernels in Triton share: de-quantizing a tile, code[q] * absmax for BLOCK_N rows and BLOCK_K columns.
 
 Triton places tables itself, so `cuda/common.cu`'s copy a bank cannot be said here. Two ways can:
 
@@ -10,8 +10,31 @@ Example:
     >>> weight = decode_tile(qdata_ptr, ..., table, n, start, ...)  # doctest: +SKIP
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from .device import have_triton, interpreted
+from .kernel import Call
+
+
+def unsupported_reason(call: Call) -> str | None:
+    """Why Triton's kernels cannot run on a device, or None if they can."""
+    if not have_triton():
+        return "Triton is not installed"
+    if call.device.type == "cuda" and call.capability < (7, 0) and not torch.version.hip:
+        return "Triton needs compute capability 7.0"
+    if call.device.type != "cuda" and not interpreted():
+        return "CPU tensors need TRITON_INTERPRET=1"
+    return None
+
+
+def checked_columns(columns: int) -> int:
+    """A small row length for which Triton compiles the same instance as for `columns`."""
+    for small, factor in ((1024, 512), (1152, 128), (1088, 64), (1040, 16)):
+        if columns % factor == 0:
+            return small
+    return 1037
 
 
 @triton.jit

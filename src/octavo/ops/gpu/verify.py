@@ -4,7 +4,7 @@ That happens once a process, device and case. A kernel that fails to compile or 
 warning that names it, and the next one is taken. What was found is kept in `verdicts`, for `octavo doctor`.
 
 Example:
-    >>> from octavo.ops.triton import verify
+    >>> from octavo.ops.gpu import verify
     >>> verify.verdicts()
     {}
 """
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from .. import reference
 from ..schema import blocks_per_row
+from .kernel import Call, Kernel
 
 # A fused product rounds in another order than cuBLAS; a wrong index gives errors near 1.
 ERROR_MARGIN = 1.5
@@ -37,25 +38,36 @@ def verdicts() -> dict[str, tuple[bool, str]]:
     return {", ".join(str(part) for part in key): verdict for key, verdict in _verdicts.items()}
 
 
-def trusted(kernel: str, device: torch.device, case: tuple, check: Callable[[], str]) -> bool:
-    """Whether a kernel may be used for a case (types and sizes it was compiled for).
+def trusted(kernel: Kernel, call: Call) -> bool:
+    """Whether the instance of a kernel that a call would run agrees with the reference; checked when first asked.
 
-    `check` is run the first time; it returns a short finding, or raises. On the CPU, in Triton's
-    interpreter, everything is trusted: that is what the tests check.
+    On the CPU, in Triton's interpreter, everything is trusted: that is what the tests check.
     """
-    if device.type != "cuda":
+    if call.device.type != "cuda" or kernel.instance is None:
         return True
-    key = (kernel, str(device), *case)
+    instance = kernel.instance(call)
+    numbers = f"{instance.tokens} tokens" if kernel.operation == "linear" else ""
+    parts = (str(call.dtype), str(call.scales), numbers, f"block {call.block_size}", instance.tuning)
+    key = (kernel.name, str(call.device), *filter(None, parts), f"columns {instance.columns}")
     found = _verdicts.get(key)
     if found is None:
         if torch.cuda.is_current_stream_capturing():
             warnings.warn(
-                f"octavo: kernel {kernel} meets {case} for the first time while a CUDA graph is captured, "
+                f"octavo: kernel {kernel.name} meets {key[2:]} for the first time while a CUDA graph is captured, "
                 "where it cannot be checked; a slower one is captured. Run the model once before capturing it",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return False
+        types = (call.block_size, call.dtype, call.scales, call.device)
+
+        def check() -> str:
+            if kernel.operation == "linear":
+                return check_linear(instance.run, instance.tokens, instance.columns, *types)
+            if kernel.operation == "decode":
+                return check_decode(instance.run, instance.columns, *types)
+            return check_encode(instance.run, instance.columns, *types)
+
         with _lock:
             found = _verdicts.get(key) or _check(key, check)
     return found[0]
@@ -121,14 +133,17 @@ def check_decode(run: Callable, columns: int, block_size, dtype, scales, device)
     return "bit for bit"
 
 
-def check_encode(quantize: Callable, histogram: Callable, block_size, dtype, scales, device) -> str:
-    """Compare quantize and histogram with the reference, byte for byte."""
+def check_encode(encoder, columns: int, block_size, dtype, scales, device) -> str:
+    """Compare encoder.quantize and encoder.histogram with the reference, byte for byte."""
     generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(ROWS, 1037, generator=generator).to(dtype).to(device)
+    weight = torch.randn(ROWS, columns, generator=generator).to(dtype).to(device)
     weight[3, :100] = 0.0
     code = sample(16, 16, scales, device)[2]
     for found, wanted in zip(
-        (*quantize(weight, code, block_size, scales), histogram(weight, block_size, 8193, scales)),
+        (
+            *encoder.quantize(weight, code, block_size, scales),
+            encoder.histogram(weight, block_size, 8193, scales),
+        ),
         (
             *reference.quantize(weight, code, block_size, scales),
             reference.histogram(weight, block_size, 8193, scales),

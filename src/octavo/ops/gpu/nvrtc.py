@@ -4,7 +4,7 @@ PyTorch's CUDA wheels bring NVRTC along, so no compiler and no header is needed.
 current stream, which is what makes them part of a CUDA graph that is being captured.
 
 Example:
-    >>> from octavo.ops.triton import nvrtc  # doctest: +SKIP
+    >>> from octavo.ops.gpu import nvrtc  # doctest: +SKIP
     >>> kernel = nvrtc.load(source, "linear_simt", ("-DX_TYPE=1", ...), device=0)  # doctest: +SKIP
     >>> kernel.launch(132, 256, x, qdata, absmax, code, None, out, 1, 4096, 4096, 6, 64)  # doctest: +SKIP
 """
@@ -147,14 +147,14 @@ def compile_source(source: str, architecture: int | str, defines: tuple[str, ...
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-class Kernel:
+class Compiled:
     """One compiled kernel, loaded on one device.
 
     Args:
         binary: machine code from `compile_source`.
         name: the kernel's name in the source (declared extern "C").
         device: index of the CUDA device.
-        shared: bytes of dynamic shared memory a block.
+        shared: bytes of dynamic shared memory per block.
     """
 
     def __init__(self, binary: bytes, name: str, device: int, shared: int = 0):
@@ -195,7 +195,7 @@ class Kernel:
 
         Args:
             grid: number of blocks.
-            threads: threads a block.
+            threads: threads per block.
             arguments: tensors (passed as pointers), None (a null pointer) and ints (passed as C ints), in the
                 kernel's order.
         """
@@ -240,13 +240,13 @@ class Kernel:
 
 def load(
     source: str, name: str, defines: tuple[str, ...], device: int, *, specific: bool = False, shared: int = 0
-) -> Kernel:
+) -> Compiled:
     """Compile a kernel for a device and load it there.
 
     Args:
         specific: for this architecture alone, with all its instructions.
-        shared: bytes of dynamic shared memory a block.
+        shared: bytes of dynamic shared memory per block.
     """
     major, minor = torch.cuda.get_device_capability(device)
     architecture = f"{major}{minor}{'a' if specific else ''}"
-    return Kernel(compile_source(source, architecture, defines), name, device, shared)
+    return Compiled(compile_source(source, architecture, defines), name, device, shared)

@@ -1,9 +1,9 @@
 """The operations of `octavo.ops` on GPUs.
 
 Importing this registers them for PyTorch's "CUDA" devices; Triton, NVRTC and the kernels are loaded when they
-are first called. One job a file: `choose` picks a kernel for a call, `verify` checks each kernel before its
-first use, `cuda_kernels` (with `cuda/*.cu` and `nvrtc`) and `gemv`, `gemm`, `decode`, `encode` (Triton) are
-the kernels, `panels` is the way through cuBLAS. docs/GPU.md explains them.
+are first called. One job per file: `kernels/` holds the kernels, each with its record (`kernel`), `choose` picks one for a call,
+`verify` checks each before its first use, `cuda_launch` (with `cuda/*.cu` and `nvrtc`) and `triton_tables` are what kernels
+share. docs/GPU.md explains them.
 
 `linear`, `embedding` and `dequantize` never wait for the device and launch the same work whatever the data,
 so they can be captured in CUDA graphs; run once before capturing, because the first call compiles and checks.
@@ -22,9 +22,9 @@ from collections.abc import Callable
 
 import torch
 
-from .. import reference
 from ..schema import implementation
-from . import choose, nvrtc, panels, verify
+from . import choose, device, nvrtc, verify
+from .kernels import panels
 
 __all__ = ["dequantize", "embedding", "histogram", "linear", "linear_transposed", "quantize", "status"]
 
@@ -68,9 +68,9 @@ def linear(x, qdata, absmax, code, block_size, bias=None):
         bias = bias.to(dtype).contiguous()
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
     kernel = choose.linear_kernel(dtype, x.shape[0], qdata, absmax, block_size)
-    kernel(x, qdata, absmax, code, block_size, bias, out.view(-1, rows))
+    kernel.run(x, qdata, absmax, code, block_size, bias, out.view(-1, rows))
     if key and qdata.is_cuda and not torch.cuda.is_current_stream_capturing():
-        choose.bind_linear(key, kernel)
+        choose.bind_linear(key, kernel, x.shape[0], qdata, absmax)
     return out
 
 
@@ -86,7 +86,7 @@ def linear_transposed(x, qdata, absmax, code, block_size):
         return out.zero_()
     x = x.reshape(-1, rows).contiguous()
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
-    panels.linear_transposed(x, qdata, absmax, code, block_size, out.view(-1, columns), choose.decode)
+    panels.linear_transposed(x, qdata, absmax, code, block_size, out.view(-1, columns))
     return out
 
 
@@ -113,26 +113,11 @@ def embedding(ids, qdata, absmax, code, block_size, dtype):
     return out
 
 
-def _encoder(weight, block_size, absmax_dtype):
-    """Triton's quantize and histogram; the reference's where Triton is missing or found to disagree."""
-    if not choose.have_triton() or choose.capability_of(weight.device) < (7, 0):
-        return reference
-    from . import encode
-
-    def check() -> str:
-        return verify.check_encode(
-            encode.quantize, encode.histogram, block_size, weight.dtype, absmax_dtype, weight.device
-        )
-
-    case = (str(weight.dtype), str(absmax_dtype), f"block {block_size}")
-    return encode if verify.trusted("triton_encode", weight.device, case, check) else reference
-
-
 @implementation("quantize", "CUDA")
 @_on_its_device
 def quantize(weight, code, block_size, absmax_dtype):
     """`octavo.ops.quantize`: float [N, K] → qdata, absmax, byte for byte the reference's."""
-    return _encoder(weight, block_size, absmax_dtype).quantize(
+    return choose.encoder(weight, block_size, absmax_dtype).quantize(
         weight, code.contiguous(), block_size, absmax_dtype
     )
 
@@ -141,10 +126,10 @@ def quantize(weight, code, block_size, absmax_dtype):
 @_on_its_device
 def histogram(weight, block_size, bins, absmax_dtype):
     """`octavo.ops.histogram`: int64 [bins], exactly the reference's."""
-    return _encoder(weight, block_size, absmax_dtype).histogram(weight, block_size, bins, absmax_dtype)
+    return choose.encoder(weight, block_size, absmax_dtype).histogram(weight, block_size, bins, absmax_dtype)
 
 
-def status(device: int | None = None) -> dict[str, object]:
+def status(index: int | None = None) -> dict[str, object]:
     """Which kernels run on a GPU, and why, for `octavo doctor`.
 
     Compiles and checks the common ones, which takes some seconds.
@@ -154,17 +139,13 @@ def status(device: int | None = None) -> dict[str, object]:
     """
     if not torch.cuda.is_available():
         return {"active": "none", "reason": "this torch finds no GPU", "kernels": {}}
-    where = torch.device("cuda", torch.cuda.current_device() if device is None else device)
-    dtype = torch.bfloat16 if choose.capability_of(where) >= (8, 0) else torch.float16
+    where = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    dtype = torch.bfloat16 if device.capability_of(where) >= (8, 0) else torch.float16
     qdata, absmax, code = verify.sample(1024, 64, torch.float16, where)
-    ranges: list[tuple[str, int, int]] = []
-    for tokens in (1, 2, 4, 8, 16, 32, 33, 64, 65, 128, 129, 256, 512, 513):
-        kernel = choose.linear_kernel(dtype, tokens, qdata, absmax, 64)
-        name = next(name for name, run in choose.LINEAR.items() if run is kernel)
-        if ranges and ranges[-1][0] == name:
-            ranges[-1] = (name, ranges[-1][1], tokens)
-        else:
-            ranges.append((name, ranges[-1][2] + 1 if ranges else 1, tokens))
+    ranges = choose.ranges(
+        lambda tokens: choose.linear_kernel(dtype, tokens, qdata, absmax, 64),
+        (1, 2, 4, 8, 16, 32, 33, 64, 65, 128, 129, 256, 512, 513),
+    )
     dequantize(qdata, absmax, code, 64, dtype)
     listed = [f"{name} for {first} to {last} tokens" for name, first, last in ranges[:-1]]
     listed.append(f"{ranges[-1][0]} from {ranges[-1][1]} on")

@@ -10,7 +10,8 @@ Example:
 import triton
 import triton.language as tl
 
-from .tables import load_table, look_up
+from ..kernel import Instance, Kernel
+from ..triton_tables import checked_columns, load_table, look_up, unsupported_reason
 
 # Not yet measured on any GPU.
 BLOCK_K = 1024
@@ -78,3 +79,14 @@ def decode(qdata, absmax, code, block_size, ids, first_column, out, *, gather=GA
         BLOCK_K=BLOCK_K,
         num_warps=NUM_WARPS,
     )
+
+
+KERNEL = Kernel(
+    name="triton_decode",
+    operation="decode",
+    summary="rows in floating point, any row length and block size",
+    run=decode,
+    unsupported_reason=unsupported_reason,
+    place=lambda call: 20,
+    instance=lambda call: Instance(decode, checked_columns(call.columns)),
+)

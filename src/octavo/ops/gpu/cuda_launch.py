@@ -1,0 +1,105 @@
+"""What the CUDA kernels share: their source, the matrices they can read, and their launch.
+
+Functions here take contiguous tensors on one CUDA device and fill `out`.
+
+Example:
+    >>> from octavo.ops.gpu import cuda_launch
+    >>> "linear_simt" in cuda_launch.source("common", "stream", "linear_simt")
+    True
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+
+from . import nvrtc
+from .device import multiprocessors
+from .kernel import Call
+
+THREADS = 256
+WARPS = THREADS // 32
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SOURCES = Path(__file__).parent / "cuda"
+# A matrix is tall if blocks of 32 rows give each multiprocessor two.
+TALL = 64
+# Row length of the matrix that CUDA kernels are checked on: instances are the same for all, and a partial last step shows more.
+CHECKED_COLUMNS = 1040
+
+
+@functools.cache
+def source(*parts: str) -> str:
+    """CUDA source: files of `cuda/`, in one piece."""
+    return "".join((SOURCES / f"{part}.cu").read_text() for part in parts)
+
+
+@functools.cache
+def instance(name: str, device: int, parameters: tuple[tuple[str, int], ...]) -> nvrtc.Compiled:
+    """The kernel compiled for one set of parameters and loaded on one device, once per process."""
+    defines = tuple(f"-D{key}={value}" for key, value in parameters)
+    return nvrtc.load(source("common", "stream", name), name, defines, device)
+
+
+def unsupported_reason(call: Call) -> str | None:
+    """Why the CUDA kernels cannot read this matrix, or None if they can."""
+    if call.device.type != "cuda" or torch.version.hip:
+        return "CUDA kernels need an NVIDIA GPU"
+    if call.columns % 16:
+        return f"rows of {call.columns} are not a multiple of 16"
+    if call.block_size < 16 or call.block_size & (call.block_size - 1):
+        return f"blocks of {call.block_size} are not a power of two of at least 16"
+    if not call.aligned:
+        return "qdata does not start at a multiple of 16 bytes"
+    if not call.contiguous:
+        return "qdata or absmax is not contiguous"
+    if call.rows == 0 or call.columns == 0:
+        return "the matrix is empty"
+    return None
+
+
+@functools.lru_cache(4096)
+def prepared(name: str, tiles: int, device: int, parameters: tuple) -> tuple[nvrtc.Compiled, int]:
+    """A kernel, and the blocks to launch: no more than run at once, since each fills a table of 32 KB first and then works
+    through its tiles."""
+    kernel = instance(name, device, parameters)
+    return kernel, max(1, min(tiles, kernel.resident_blocks * multiprocessors(device)))
+
+
+def type_parameters(dtype: torch.dtype, scales: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """The compile-time parameters that say the types of x (or of the rows wanted) and of absmax."""
+    return (("X_TYPE", TYPES[dtype]), ("SCALE", int(scales == torch.float16)))
+
+
+def is_tall(rows: int, multiprocessors: int) -> bool:
+    """Whether a matrix has rows enough for the taller tilings."""
+    return rows >= TALL * multiprocessors
+
+
+def launch_product(kernel, grid, x, qdata, absmax, code, block_size, bias, out) -> None:
+    """Queue `linear_simt` or `linear_mma`."""
+    if x.data_ptr() % 16:
+        x = x.clone()
+    rows, columns = qdata.shape
+    kernel.launch(
+        grid,
+        THREADS,
+        x,
+        qdata,
+        absmax,
+        code,
+        bias,
+        out,
+        x.shape[0],
+        rows,
+        columns,
+        block_size.bit_length() - 1,
+        absmax.shape[1],
+    )
+
+
+def bind_product(prepared_kernel, call: Call):
+    """The same for fixed sizes, as a function of the addresses of x, qdata, absmax, code, bias (0: none) and out."""
+    compiled, blocks = prepared_kernel
+    shift = call.block_size.bit_length() - 1
+    sizes = (call.tokens, call.rows, call.columns, shift, -(-call.columns // call.block_size))
+    return compiled.bind(blocks, THREADS, 6, sizes)
