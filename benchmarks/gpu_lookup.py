@@ -18,11 +18,7 @@ COPIES = (1, 2, 4, 8, 16, 32)
 
 def lookups():
     """name → compile-time parameters of the CUDA kernels."""
-    ways = {f"shared memory, {n} copies": (("COPIES", n),) for n in COPIES}
-    ways["global memory (L1)"] = (("LOOKUP", 1),)
-    # Not the table's numbers: only what decoding by arithmetic would cost (docs/GPU.md).
-    ways["polynomial, degree 7"] = (("LOOKUP", 2),)
-    return ways
+    return {f"shared memory, {n} copies": (("COPIES", n),) for n in COPIES}
 
 
 def run(report: Report, device: str, tiny: bool) -> None:

@@ -12,9 +12,7 @@
 // Parameters, given with -D:
 //     X_TYPE   0 float32, 1 float16, 2 bfloat16: type of the input and the output
 //     SCALE    0 float32, 1 float16: type of absmax
-//     LOOKUP   0 table in shared memory, COPIES copies of it (1, 2, ... 32; 32 is free of bank conflicts)
-//              1 table in global memory, through the L1 cache
-//              2 no table: an odd polynomial of degree 7 in the index (an experiment: other numbers than the table's)
+//     COPIES   of the table in shared memory: 1, 2, ... 32 (the default, free of bank conflicts)
 //     TOKENS, ROWS       linear_simt: tokens at most, rows a warp
 //     M_TILES, N_TILES, WARPS_M   linear_mma: 16-row tiles a warp, 8-token tiles, groups of warps
 //     DEPTH              steps whose loads are in flight
@@ -26,9 +24,6 @@ typedef long long i64;
 
 #ifndef COPIES
 #define COPIES 32
-#endif
-#ifndef LOOKUP
-#define LOOKUP 0
 #endif
 #ifndef WARPS
 #define WARPS 8
@@ -148,7 +143,7 @@ __device__ __forceinline__ void load_x(const scalar* p, float x[4]) {
 // whatever i is; lane l reads copy l, so the lanes of a warp never meet. A lane's address is then its own base plus
 // 128 i: one instruction takes the byte out of its word, one multiplies and adds.
 
-#if LOOKUP == 0 && !defined(OCTAVO_HOST)
+#ifndef OCTAVO_HOST
 typedef u32 table_ref;  // an address in shared memory
 __device__ __forceinline__ float entry(table_ref mine, u32 i) {
     float f;
@@ -157,29 +152,13 @@ __device__ __forceinline__ float entry(table_ref mine, u32 i) {
 }
 #else
 typedef const float* table_ref;
-__device__ __forceinline__ float entry(table_ref mine, u32 i) {
-#if LOOKUP == 0
-    return mine[i * COPIES];
-#elif LOOKUP == 1
-    return __ldg(mine + i);
-#else
-    // 2^23 + i, put together from bits: the conversion instruction runs at an eighth of the rate.
-    float u = (bits_to_float(0x4b000000u | i) - 8388735.5f) * (1.0f / 127.5f);
-    float s = u * u;
-    return u * (mine[0] + s * (mine[1] + s * (mine[2] + s * mine[3])));
-#endif
-}
+__device__ __forceinline__ float entry(table_ref mine, u32 i) { return mine[i * COPIES]; }
 #endif
 
-#if LOOKUP == 0
 #define DECLARE_TABLE __shared__ __align__(16) float table[256 * COPIES]
-#else
-#define DECLARE_TABLE float* const table = 0
-#endif
 
 // Fills the table (every thread of the block must call it) and returns this lane's copy.
 __device__ __forceinline__ table_ref fill_table(float* table, const float* code) {
-#if LOOKUP == 0
     // A thread copies one entry. It starts with its lane's copy: so a warp's stores go to different banks.
     const int i = threadIdx.x % 256;
     const float value = code[i];
@@ -195,9 +174,6 @@ __device__ __forceinline__ table_ref fill_table(float* table, const float* code)
     u32 address = (u32)__cvta_generic_to_shared(mine), made;
     asm volatile("mov.u32 %0, %1;" : "=r"(made) : "r"(address) : "memory");
     return made;
-#endif
-#else
-    return code;
 #endif
 }
 
