@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM
 import octavo
 from octavo import demo
 from octavo.training import run as training
-from octavo.training.data import read_records, split_records, tokenize
+from octavo.training.data import tokenize
 from octavo.training.recipe import Recipe
+from octavo.training.records import read_records, split_records
 
 from .cpu_report import RESULTS, machine, save, table
 

@@ -82,7 +82,7 @@ def test_generate_from_a_published_checkpoint_with_the_shipped_tokenizer(tmp_pat
     [
         (("generate", "no/such-model", "Hola"), "no/such-model"),
         (("generate", demo.MODEL, ""), "prompt is empty"),
-        (("generate", demo.MODEL, "Hola", "--dtype", "int4"), "expected one of"),
+        (("generate", demo.MODEL, "Hola", "--dtype", "int4"), "is not one of"),
         (("generate", demo.MODEL, "Hola", "--chat"), "no chat template"),
         (("quantize", demo.MODEL, "{out}", "--skip", "nothing"), "matches no parameter"),
         (("quantize", demo.MODEL, "{out}", "--block-size", "0"), "block"),

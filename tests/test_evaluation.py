@@ -398,7 +398,7 @@ def test_texts_are_read_and_checked(tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("ñ".encode("latin-1"))
     for name, message in (
-        ("empty.txt", "is empty"),
+        ("empty.txt", "blank lines"),
         ("latin.txt", "UTF-8"),
         ("", "folder"),
         ("no.txt", "no such file"),

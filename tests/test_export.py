@@ -335,7 +335,7 @@ def test_beyond_float16_is_an_error_and_the_old_file_stays(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     out = tmp_path / "m.gguf"
     out.write_bytes(b"old")
-    with pytest.raises(OSError, match="--force to replace it"):
+    with pytest.raises(OSError, match="--overwrite to replace it"):
         export_gguf(tmp_path / "model", out)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight.*beyond float16's range.*bf16"):
         export_gguf(tmp_path / "model", out, overwrite=True)
@@ -362,16 +362,16 @@ def test_command(saved, tmp_path):
         "architecture gpt2" in run.stdout and "in F16" in run.stdout and f"{VOCABULARY} tokens" in run.stdout
     )
     assert fields(out)[0]["general.name"] == "Sancho"
-    assert command(folder, out, "--force", "--to", "q8_0").exit_code == 0
+    assert command(folder, out, "--overwrite", "--to", "q8_0").exit_code == 0
     assert fields(out)[0]["general.file_type"] == 7
     explained = command("--help")
     assert (
         "llama.cpp" in explained.stdout
         and "octavo export" in explained.stdout
-        and "--force" in explained.stdout
+        and "--overwrite" in explained.stdout
     )
     again = run_octavo("export", folder, out)
-    assert again.returncode == 1 and again.stderr.startswith("error: ") and "--force" in again.stderr
+    assert again.returncode == 1 and again.stderr.startswith("error: ") and "--overwrite" in again.stderr
 
 
 def test_progress_reaches_the_end(saved, tmp_path):

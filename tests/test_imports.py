@@ -12,7 +12,7 @@ import octavo
 ROOT = Path(octavo.__file__).parent
 # From the foundation up; what stands on one line does not import one another.
 ORDER = [
-    ["config"],
+    ["config", "text_files"],
     ["ops"],
     ["codebook"],
     ["quantizer"],
@@ -23,8 +23,9 @@ ORDER = [
     ["quantization"],
     ["loading"],
     ["compat", "demo"],
-    ["calibration", "evaluation", "export", "serving"],
+    ["calibration", "evaluation", "export"],
     ["training"],
+    ["serving"],
     ["benchmark"],
     ["cli"],
 ]

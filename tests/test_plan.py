@@ -11,7 +11,8 @@ from transformers import GPTJConfig
 from typer.testing import CliRunner
 
 import octavo
-from octavo.cli.plan import parse_memory, plan
+from octavo.cli.options import size
+from octavo.cli.plan import plan
 from octavo.training import even_experts, memory
 from octavo.training.adapters import add_adapters
 from octavo.training.loss import language_model_loss
@@ -130,15 +131,29 @@ def test_the_command_from_a_configuration_alone(tmp_path):
 
 
 def test_sizes():
-    assert parse_memory("11GB") == 11_000_000_000
-    assert parse_memory("24 GiB") == 24 * 2**30
-    assert parse_memory("500mb") == 500_000_000
-    with pytest.raises(ValueError, match="--memory: expected a size such as 11GB or 24GiB, found 'much'"):
-        parse_memory("much")
+    for text, expected in (
+        ("11GB", 11_000_000_000),
+        ("24 GiB", 24 * 2**30),
+        ("500mb", 500_000_000),
+        ("1.5g", 1_500_000_000),
+        ("8ki", 8192),
+        ("11000000000", 11_000_000_000),
+    ):
+        assert size(text, "--memory") == expected
+    with pytest.raises(
+        typer.BadParameter, match="expected a size such as 11GB, 24GiB or 500MB, found 'much'"
+    ):
+        size("much", "--memory")
+    # Eleven bytes are no memory.
+    for text in ("11", "0.5", "999999"):
+        with pytest.raises(
+            typer.BadParameter, match=f"expected a size with its unit, found '{text}': {text}GB"
+        ):
+            size(text, "--memory")
 
 
 def test_no_configuration_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a folder with a config\.json"):
+    with pytest.raises(ValueError, match=r"expected a model's folder with a config\.json"):
         CliRunner().invoke(COMMAND, [str(tmp_path)], catch_exceptions=False)
 
 

@@ -12,7 +12,8 @@ import typer
 from typer.testing import CliRunner
 
 from octavo.cli.inspect import inspect
-from octavo.cli.quantize import parse_size, quantize
+from octavo.cli.options import size as parse_size
+from octavo.cli.quantize import quantize
 
 from .published import publish, tiny_gptj
 from .test_checkpoint_models import CONFIGS, build, save
@@ -74,16 +75,18 @@ def test_errors_are_measured_for_every_layout(app, kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5 GiB", 3 * 2**29), ("1000", 1000)]
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5 GiB", 3 * 2**29), ("5000000", 5_000_000)],
 )
 def test_sizes(text, size):
-    assert parse_size(text) == size
+    assert parse_size(text, "--max-shard-size") == size
 
 
-@pytest.mark.parametrize("text", ["", "5XB", "-1GB", "0", "many"])
+@pytest.mark.parametrize("text", ["", "5XB", "-1GB", "0", "5", "many"])
 def test_sizes_that_are_none(text, app, tmp_path):
-    with pytest.raises(typer.BadParameter):
-        parse_size(text)
+    with pytest.raises(typer.BadParameter, match="expected a size") as raised:
+        parse_size(text, "--max-shard-size")
+    assert "--max-shard-size" in raised.value.format_message()
 
 
 def test_usage_errors_end_with_2(app, tmp_path):

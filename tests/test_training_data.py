@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from octavo.training.data import collate, read_records, split_records, tokenize
+from octavo.training.data import collate, tokenize
+from octavo.training.records import read_records, split_records
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -101,7 +102,7 @@ def test_long_examples_are_cut_and_prompts_that_leave_nothing_dropped():
     [
         ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', r"a.jsonl, line 2: expected `text`.*found \['body'\]"),
         ("a.jsonl", "not json\n", r"a.jsonl, line 1: expected a JSON object"),
-        ("a.csv", "title\nx\n", r"a.csv, row 2: expected `text`"),
+        ("a.csv", "title\nx\n", r"a.csv, line 2: expected `text`"),
         ("a.pdf", "x", r"expected a .txt, .jsonl, .json or .csv file, found .pdf"),
     ],
 )

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 import octavo
 from octavo.training.data import tokenize
+from octavo.training.folder import newest_checkpoint, refuse_to_overwrite
 from octavo.training.recipe import Recipe
-from octavo.training.run import finetune_model, newest_checkpoint, refuse_to_overwrite
+from octavo.training.run import finetune_model
 
 from .test_training_data import byte_tokenizer
 from .training_models import frozen_bytes, llama_tied, quantized

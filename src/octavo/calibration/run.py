@@ -19,9 +19,10 @@ import torch
 from ..checkpoint.errors import CheckpointError
 from ..config import OctavoConfig
 from ..quantizer import Packed
+from ..text_files import read_text
 from .feedback import DAMPING, TIED_DAMPING, output_error, recode
 from .observe import Enough, Observer
-from .text import read_text, read_windows
+from .text import read_windows
 
 TOKENS = 16384
 # Longer windows cost attention; most of what matters to a layer's inputs shows within so many.
@@ -72,7 +73,7 @@ class Calibration:
         """As the converted model's config.json records it."""
         digest = hashlib.sha256()
         for path in self.texts:
-            digest.update(read_text(path).encode())
+            digest.update(read_text(path, "--calibrate").encode())
         return {"method": "error-feedback", "tokens": self.tokens, "text_sha256": digest.hexdigest()}
 
     def check(self, source: Any) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..text_files import read_text
+
 # Fewer say too little of thousands of weights a row.
 FEWEST_TOKENS = 1024
 # Characters a token has at least and at most, on average, in any text worth calibrating on.
@@ -33,13 +35,13 @@ def read_windows(
         int64 [at most `longest`] each.
 
     Raises:
-        ValueError: if a file is not UTF-8 text, or if the texts are shorter than FEWEST_TOKENS together.
+        ValueError: if a file is no text in UTF-8 or UTF-16, or if the texts are shorter than FEWEST_TOKENS together.
         OSError: if a file cannot be read.
     """
     wanted = max(1, tokens // longest // len(sources))
     windows = []
     for source in sources:
-        text = read_text(source)
+        text = read_text(source, "--calibrate")
         count = max(1, min(wanted, len(text) // (SHORTEST_TOKEN * longest)))
         step = len(text) // count
         for index in range(count):
@@ -54,19 +56,3 @@ def read_windows(
             "text, or a larger --calibrate-tokens"
         )
     return windows
-
-
-def read_text(source: str | Path) -> str:
-    """The contents of a text file. Raises ValueError or OSError, in one line, if it is none."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise ValueError(f"--calibrate {source}: expected a text file, found a folder")
-    if not path.exists():
-        raise FileNotFoundError(f"--calibrate {source}: no such file")
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--calibrate {source}: expected text in UTF-8, found byte {error.object[error.start]:#04x} at "
-            f"{error.start:,}"
-        ) from None

@@ -9,10 +9,29 @@ Example:
     >>> result = convert(open_source("path/to/model"), "model-8bit", OctavoConfig())  # doctest: +SKIP
 """
 
-from .errors import CheckpointError
-from .open import open_source
-from .result import ConvertResult
-from .source import Source, TensorInfo
-from .stream import convert
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from .errors import CheckpointError
+    from .open import open_source
+    from .result import ConvertResult
+    from .source import Source, TensorInfo
+    from .stream import convert
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "ConvertResult": "result",
+    "Source": "source",
+    "TensorInfo": "source",
+    "convert": "stream",
+    "open_source": "open",
+}
 __all__ = ["CheckpointError", "ConvertResult", "Source", "TensorInfo", "convert", "open_source"]
+
+
+def __getattr__(name: str):
+    # A command looks for a checkpoint's files (`locate`) before it imports torch.
+    if name in _HOMES:
+        return getattr(_import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,9 @@ Example:
     [PosixPath('path/to/model/model.safetensors')]
 """
 
+import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,9 +105,65 @@ def _locate_file(path: Path) -> Location:
     raise CheckpointError(f"{path}: expected a .safetensors, .bin or .gguf file")
 
 
+def locate_config(src: str | Path) -> Path | None:
+    """The config.json of a folder, of a file's folder, or of a hub id, of which nothing else is fetched; None for a GGUF file
+    without one.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    path = Path(src).expanduser()
+    if path.exists():
+        _refuse_adapter(path)
+        config = (path if path.is_dir() else path.parent) / "config.json"
+        if config.is_file():
+            return config
+        if path.suffix == ".gguf":
+            return None
+        raise CheckpointError(f"{src}: expected a model's folder with a config.json, found none in it")
+    text = str(src)
+    if path.is_absolute() or text.startswith(".") or not HUB_ID.match(text):
+        raise CheckpointError(
+            f"{src}: no such file or folder, and not a hub id of the form organization/name"
+        )
+    return download(text, only="config.json") / "config.json"
+
+
+def locate_adapter(adapter: str | Path) -> None:
+    """Check that a PEFT adapter is there: a folder, or a name that may be a hub id.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    folder = Path(adapter).expanduser()
+    if folder.exists():
+        if not (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{adapter}: expected a PEFT adapter folder, found no adapter_config.json in it"
+            )
+    elif folder.is_absolute() or str(adapter).startswith(".") or str(adapter).count("/") != 1:
+        raise CheckpointError(f"{adapter}: no such folder, and not a hub id of the form organization/name")
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError if a folder is an adapter's, saying what one is for."""
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").exists():
+        return
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = found.get("base_model_name_or_path") or "MODEL"
+    except (OSError, ValueError, AttributeError):
+        base = "MODEL"
+    raise CheckpointError(
+        f"{folder} is an adapter, which goes on top of the model that it was trained on: "
+        f"octavo generate {shlex.quote(base)} --adapter {shlex.quote(str(folder))} PROMPT; octavo merge makes one model of both"
+    )
+
+
 def _locate_in_folder(folder: Path) -> Location:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    _refuse_adapter(folder)
     # Safetensors first: where a folder has both, they hold the same weights and a pickle is slower to open.
     for format_, index, single, suffixes in (
         ("safetensors", SAFETENSORS_INDEX, "model.safetensors", (".safetensors",)),

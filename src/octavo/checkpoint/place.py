@@ -19,9 +19,13 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import CheckpointError
-from .source import Source
+from .locate import Location
+
+if TYPE_CHECKING:
+    from .source import Source
 
 # Places of each file, evenly spread, that its fingerprint looks at, and bytes at each.
 SAMPLES = 16
@@ -93,8 +97,11 @@ class Place:
             shutil.rmtree(leftover)
 
 
-def choose_place(out: Path, source: Source, overwrite: bool) -> Place:
+def choose_place(out: Path, source: "Source | Location", overwrite: bool) -> Place:
     """Decide where the work is done, and finish what an earlier run has left to be exchanged.
+
+    Args:
+        source: what is read, or only where it is: a command asks before torch is imported.
 
     Raises:
         CheckpointError: if `out` cannot be written: a file, the source itself or around it, in use without `overwrite`, or
@@ -125,7 +132,7 @@ def _nearest(path: Path) -> Path:
     return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: "Source") -> str:
     """A hash that tells sources apart, wherever they lie.
 
     Of config.json, the tensors' names, shapes and types, and of each file its size and samples of its bytes: reading it all

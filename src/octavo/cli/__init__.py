@@ -8,6 +8,7 @@ Example:
 import logging
 import os
 import sys
+from typing import Any, NoReturn
 
 import typer
 
@@ -24,12 +25,14 @@ from .merge import merge
 from .plan import plan
 from .quantize import quantize
 
+# Of click, which typer builds on, or of its own copy of it.
+UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
+
 app = typer.Typer(
     name="octavo",
     help="Run and fine-tune large language models in 8 bits, on the hardware you own.",
     epilog="Start with `octavo demo`. MODEL is always a folder, a file or a Hugging Face id: plain, quantized by Octavo, "
     "one of the published 8-bit checkpoints, or a GGUF file.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     # Tables would cut the names of long options at 80 columns.
@@ -68,17 +71,31 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. What the user can mend (a file, an option) is one line on stderr and exit status 1."""
+    """Run the command line. What the user can mend is one line on stderr; exit status 1, or 2 for an option."""
     # bitsandbytes warns that it lacks an optional 4-bit kernel, which nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # A bug deserves its traceback: OCTAVO_DEBUG=1 shows it for these errors as well.
+    debug = bool(os.environ.get("OCTAVO_DEBUG"))
     try:
-        app()
+        status = app(prog_name="octavo", standalone_mode=False)
+    except UsageError as error:
+        names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+        # The error of an option without its value does not know its command.
+        command = next((f" {word}" for word in sys.argv[1:] if word in names), "")
+        # "Value error, " is a validator's word, which typer lets through.
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        _fail(f"{message} (see octavo{command} --help)", 2)
     except (ValueError, OSError, ImportError) as error:
-        # A bug deserves its traceback: OCTAVO_DEBUG=1 shows it for these errors as well.
-        if os.environ.get("OCTAVO_DEBUG"):
+        if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error) or type(error).__name__, 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    # One line, whatever a library put into its message.
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

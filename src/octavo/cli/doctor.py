@@ -1,30 +1,28 @@
 """`octavo doctor`: what is installed, what hardware is seen, and which kernels are active, and why."""
 
 import re
-from typing import Annotated
 
 import typer
 
+from .options import AsJson
+
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print versions, devices and the active kernels with the reason for each. Attach it to a bug report."""
     import json
 
-    from rich.console import Console
-    from rich.table import Table
+    from .terminal import say, show_facts, terminal
 
     found = report()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    console = Console()
+    console = terminal()
     for title, rows in found.items():
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
-        for name, value in rows.items():
-            table.add_row(name, str(value))
-        console.print(table)
+        say(console, (title, "bold"))
+        show_facts(console, [(name, str(value)) for name, value in rows.items()])
         console.print()
 
 

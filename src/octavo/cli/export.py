@@ -1,19 +1,11 @@
 """`octavo export`: a model as a GGUF file, for llama.cpp and what is built on it."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-
-class Type(str, Enum):
-    """Types of the matrices in the file."""
-
-    f16 = "f16"
-    q8_0 = "q8_0"
-    bf16 = "bf16"
-    f32 = "f32"
+from .options import Overwrite, not_blank
 
 
 def export(
@@ -21,26 +13,28 @@ def export(
         str,
         typer.Argument(
             metavar="MODEL",
+            callback=not_blank,
             help="The model: a folder, a file or a Hugging Face id; quantized by Octavo, plain, or published in 8 bits.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)],
     to: Annotated[
-        Type,
+        Literal["f16", "q8_0", "bf16", "f32"],
         typer.Option(
             help="f16: the weights as they are, to float16's rounding; q8_0: 8.5 bits a weight, rounded once more; "
             "bf16, f32: for weights beyond float16's range."
         ),
-    ] = Type.f16,
+    ] = "f16",
     name: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             help="The model's name in the file. Default: that of its folder or repository.",
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT.gguf.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write MODEL as a GGUF file that llama.cpp runs: weights, tokenizer, chat template, in one file.
 
@@ -51,45 +45,33 @@ def export(
 
     Examples:
 
+    \b
         octavo export ./my-model-8bit my-model.gguf
-
         octavo export ./my-model-8bit my-model-q8.gguf --to q8_0 --name "My model"
-
         llama-cli -m my-model.gguf -p "El sentido de la vida es"
     """
-    import warnings
-    from contextlib import ExitStack
+    from .checks import check_model, check_new_file
+    from .terminal import bytes_progress, say, terminal, warnings_as_lines
 
-    from rich.console import Console
+    check_new_file(out, overwrite)
+    check_model(model)
 
     from octavo.export import export_gguf
 
-    from .progress import bytes_progress
-
-    messages = Console(stderr=True, highlight=False, soft_wrap=True)
-    with warnings.catch_warnings(), ExitStack() as stack:
-        bar = None
-
-        def progress(done: int, total: int, what: str) -> None:
-            # From the first tensor on: before it, errors are told, and a bar would leave an empty line.
-            nonlocal bar
-            bar = bar or stack.enter_context(bytes_progress(messages))
-            bar(done, total, what)
-
-        # Meant for the user as they are, without the file and line they come from.
-        warnings.showwarning = lambda message, *_: messages.print(
-            f"warning: {message}", style="yellow", markup=False
-        )
-        result = export_gguf(model, out, to.value, name=name, overwrite=force, progress=progress)
+    messages = terminal(stderr=True)
+    with warnings_as_lines(messages), bytes_progress(messages) as progress:
+        result = export_gguf(model, out, to, name=name, overwrite=overwrite, progress=progress)
     kinds = ", ".join(f"{count} in {kind}" for kind, count in result.types.items())
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(
+    console = terminal()
+    say(
+        console,
         f"{result.out}: {result.nbytes / 1e6:,.1f} MB, architecture {result.architecture}, tensors: {kinds}; "
-        f"{result.vocabulary.tokens:,} tokens, pre-tokenizer {result.vocabulary.pre}"
+        f"{result.vocabulary.tokens:,} tokens, pre-tokenizer {result.vocabulary.pre}",
     )
     if result.narrow:
         more = ", ..." if len(result.narrow) > 3 else ""
-        console.print(
+        say(
+            console,
             f"{len(result.narrow)} matrices are in F16: their rows are no multiple of Q8_0's 32 "
-            f"({', '.join(result.narrow[:3])}{more})"
+            f"({', '.join(result.narrow[:3])}{more})",
         )

@@ -5,93 +5,125 @@ from typing import Annotated
 
 import typer
 
+from .options import Adapter, Device, Dtype, Model
+
 
 def generate(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a file or a Hugging Face id; anything `octavo.load` takes.")
+    model: Model,
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to continue. `-` reads it from standard input.",
+            show_default=False,
+        ),
     ],
-    prompt: Annotated[str, typer.Argument(help="The text to continue. `-` reads it from standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="Above 1 bolder, below 1 safer.", min=0.0)] = 0.8,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Stop after this many tokens.", min=1)
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="Above 1 bolder, below 1 safer.", min=0.0)
+    ] = 0.8,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens that add up to this.", min=0.0, max=1.0)
+        float,
+        typer.Option(
+            metavar="X", help="Sample from the likeliest tokens that add up to this.", min=0.0, max=1.0
+        ),
     ] = 0.95,
     top_k: Annotated[
-        int, typer.Option(help="Sample from this many likeliest tokens; 0: from all.", min=0)
+        int, typer.Option(metavar="N", help="Sample from this many likeliest tokens; 0: from all.", min=0)
     ] = 0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 discourages repetition.", min=0.01)
+        float, typer.Option(metavar="X", help="Above 1 discourages repetition.", min=0.01)
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes the sampling repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes the sampling repeatable.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="Put the prompt into the model's chat template. Default: if the model has one.",
+            help="Put the prompt into the model's chat template. Default: as the adapter was trained; without one, if "
+            "there is a template.",
+            show_default=False,
         ),
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter folder to put on top.")] = None,
-    dtype: Annotated[
+    system: Annotated[
         str | None,
-        typer.Option(help="Type to compute in: float32, float16, bfloat16. Default: the model's own."),
+        typer.Option(
+            metavar="TEXT", help="The system text of the conversation. Default: as the adapter was trained."
+        ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
-    ] = None,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Continue PROMPT with MODEL, printing the text as it comes, and the speed at the end.
 
-    A model that is not quantized yet is quantized while it loads; `octavo quantize` does that once and for all.
+    A model that is not quantized yet is quantized while it loads; `octavo quantize` does that once and for all. An adapter of
+    `octavo finetune` says how it was trained, and the prompt is put to the model in that way.
 
     Examples:
 
+    \b
         octavo generate ./my-model-8bit "El sentido de la vida es" --seed 1
-
         octavo generate ./my-model-8bit "def fibonacci(n):" --greedy --no-chat
+        octavo generate ./my-model-8bit "2 + 2 =" --adapter ./answers
     """
     import sys
 
+    from .checks import check_model, check_prompt
+    from .terminal import quiet_libraries, say, terminal
+
+    text = prompt
+    if prompt == "-":
+        from octavo.text_files import decode
+
+        text = decode(sys.stdin.buffer.read(), "the prompt on standard input")
+        # The line end that `echo` puts there is not meant.
+        text = text.removesuffix("\n").removesuffix("\r")
+    check_prompt(text)
+    if chat is False and system is not None:
+        raise ValueError("--system and --no-chat: plain text has no system text; leave one of them out")
+    check_model(model, what_for="generate", adapter=adapter)
+
     import torch
 
-    from octavo.cli.progress import quiet_future_warnings, quiet_loading
     from octavo.loading import load, load_tokenizer
     from octavo.serving.generation import stream
+    from octavo.training.prompts import encode, read_prompts
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    quiet_loading(always=False)
-    quiet_future_warnings()
+    quiet_libraries()
+    messages = terminal(stderr=True)
+    tokenizer = load_tokenizer(model)
+    trained = read_prompts(model if adapter is None else adapter)
+    encoded = encode(tokenizer, text, chat, system, trained, adapter=adapter is not None)
+    for note in encoded.notes:
+        say(messages, f"note: {note}", style="yellow")
     started = time.perf_counter()
     network = load(model, dtype=dtype, device=device, adapter=adapter)
-    tokenizer = load_tokenizer(model)
+    if not network.can_generate():
+        raise ValueError(f"{model}: {type(network).__name__} does not continue text")
     loaded = time.perf_counter() - started
     if seed is not None:
         torch.manual_seed(seed)
-    sampling = greedy or temperature == 0.0
-    options = (
+    sampling = (
         {"do_sample": False}
-        if sampling
-        else {
-            "do_sample": True,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-        }
+        if greedy or temperature == 0.0
+        else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     )
     result = stream(
         network,
         tokenizer,
-        text,
+        encoded,
         write=lambda piece: print(piece, end="", flush=True),
-        chat=chat,
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
-        **options,
+        **sampling,
     )
     print()
-    print(
-        f"\n{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s "
-        f"(first after {result.first_token_seconds:.2f} s; loaded in {loaded:.1f} s; "
-        f"{network.dtype} on {network.device})".replace("torch.", ""),
-        file=sys.stderr,
+    say(messages)
+    say(
+        messages,
+        f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s (first after {result.first_token_seconds:.2f} s; "
+        f"loaded in {loaded:.1f} s; {network.dtype} on {network.device})".replace("torch.", ""),
     )

@@ -1,9 +1,11 @@
 """`octavo inspect`: what a checkpoint holds."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from .options import not_blank
 
 
 def inspect(
@@ -13,6 +15,7 @@ def inspect(
             metavar="MODEL",
             help="A folder, a file or a Hugging Face id: in Octavo's format, published 8-bit, plain, or GGUF.",
             show_default=False,
+            callback=not_blank,
         ),
     ],
     against: Annotated[
@@ -32,11 +35,16 @@ def inspect(
 
     Examples:
 
+    \b
         octavo inspect ./my-model-8bit
-
         octavo inspect ./my-model-8bit --against ./my-model
     """
     import json
+
+    from .checks import check_against, check_model
+
+    check_model(model)
+    check_against(against)
 
     from octavo.checkpoint.report import report
 
@@ -47,27 +55,21 @@ def inspect(
     _show(found)
 
 
-def _show(found) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _show(found: Any) -> None:
+    import shlex
 
-    console = Console()
+    from .terminal import say, say_command, show_table, terminal
+
+    out = terminal()
     what = {
         "octavo": f"Octavo, codebook {found.codebook}",
         "published": "published 8-bit checkpoint",
         "gguf": "GGUF, not in Octavo's format yet",
     }.get(found.kind, f"{found.kind}, not quantized")
-    console.print(f"[bold]{found.model}[/]: {what}", soft_wrap=True, highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("parameter", overflow="fold")
-    table.add_column("shape")
-    table.add_column("stored")
-    table.add_column("block", justify="right")
-    table.add_column("bits", justify="right")
-    table.add_column("MB", justify="right")
-    if found.against:
-        table.add_column("error", justify="right")
-        table.add_column("worst", justify="right")
+    say(out, (str(found.model), "bold"), f": {what}", end="\n\n")
+    titles = ["parameter", "shape", "stored", "block", "bits", "MB"]
+    titles += ["error", "worst"] if found.against else []
+    rows = []
     for name, items in _groups(found.items).items():
         first = items[0]
         nbytes = sum(item.nbytes for item in items)
@@ -85,30 +87,25 @@ def _show(found) -> None:
             power = sum(item.power for item in compared)
             pooled = sum(item.error * item.power for item in compared) / power if power else 0.0
             row += [f"{pooled:.2e}", f"{max(i.error for i in compared):.2e}"] if compared else ["", ""]
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"\n{found.nbytes / 1e6:.1f} MB in {len(found.items)} parameters", highlight=False)
+        rows.append(row)
+    show_table(out, titles, rows, left=(0, 1, 2))
+    out.print()
+    say(out, f"{found.nbytes / 1e6:.1f} MB in {len(found.items)} parameters")
     if found.quantized:
         scales = " and ".join(sorted({item.scales for item in found.quantized}))
-        console.print(
-            f"{found.bits_per_weight:.3f} bits per quantized weight ({scales} scales); {found.coverage:.1%} "
-            "of the matrices are in 8 bits",
-            highlight=False,
+        say(
+            out,
+            f"{found.bits_per_weight:.3f} bits per quantized weight ({scales} scales); {found.coverage:.1%} of the matrices are "
+            "in 8 bits",
         )
     if found.skipped:
-        console.print(
-            f"left in float on purpose: {', '.join(found.skipped)}", soft_wrap=True, highlight=False
-        )
+        say(out, f"left in float on purpose: {', '.join(found.skipped)}")
     if found.quantized and found.left:
-        console.print(f"[yellow]left in float:[/] {', '.join(found.left)}", soft_wrap=True, highlight=False)
+        say(out, ("left in float:", "yellow"), f" {', '.join(found.left)}")
     if found.error is not None:
-        console.print(
-            f"weight error ‖w−ŵ‖²/‖w‖² against {found.against}: {found.error:.2e}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        say(out, f"weight error ‖w−ŵ‖²/‖w‖² against {found.against}: {found.error:.2e}")
     if not found.quantized:
-        console.print(f"Next:  octavo quantize {found.model} OUT", soft_wrap=True, highlight=False)
+        say_command(out, "Next: ", f"octavo quantize {shlex.quote(str(found.model))} OUT")
 
 
 def _groups(items) -> dict[str, list]:

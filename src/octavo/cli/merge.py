@@ -1,59 +1,84 @@
 """`octavo merge`: write an adapter into its model for good."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
+from .options import Overwrite, not_blank
+
 
 def merge(
-    model: Annotated[str, typer.Argument(help="The model in 8 bits that the adapter was trained on.")],
-    adapter: Annotated[str, typer.Argument(help="The adapter's folder, as `octavo finetune` writes it.")],
-    out: Annotated[str, typer.Argument(help="Folder to write the merged model to.")],
-    to: Annotated[
-        str, typer.Option(help="8bit, or 16 bits for tools that know no 8 bits: float16, bfloat16.")
-    ] = "8bit",
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace OUT once the new one is whole; discard unfinished work that differs."
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="The model in 8 bits that the adapter was trained on.",
+            show_default=False,
+            callback=not_blank,
         ),
-    ] = False,
+    ],
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="The adapter's folder, as `octavo finetune` writes it.",
+            show_default=False,
+            callback=not_blank,
+        ),
+    ],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder to write the merged model to.", show_default=False)
+    ],
+    to: Annotated[
+        Literal["8bit", "float16", "bfloat16"],
+        typer.Option(help="8 bits, or 16 bits for tools that know no 8 bits."),
+    ] = "8bit",
+    overwrite: Overwrite = False,
 ) -> None:
-    """Write a copy of MODEL with ADAPTER merged into its weights, tensor by tensor: memory never holds the
-    model.
+    """Write a copy of MODEL with ADAPTER merged into its weights, tensor by tensor: memory never holds the model.
 
     Interrupted, by Ctrl-C, a crash or a full disk, the same command goes on where it stopped and ends in the same
     bytes. In 8 bits the changed weights are quantized anew, which adds a small error; it is reported.
 
     Examples:
 
+    \b
         octavo merge ./my-model-8bit ./poems ./my-model-poems
-
         octavo merge ./my-model-8bit ./poems ./my-model-poems-16 --to bfloat16
     """
-    from rich.console import Console
+    import shlex
+
+    from octavo.checkpoint.place import choose_place
+
+    from .checks import check_model
+    from .terminal import bytes_progress, say, say_command, terminal
+
+    choose_place(Path(out), check_model(model, adapter=adapter), overwrite)
 
     from octavo.training.merge import merge as run
 
-    from .progress import bytes_progress
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    messages = terminal(stderr=True)
     try:
-        with bytes_progress(console) as progress:
+        with bytes_progress(messages) as progress:
             result = run(model, adapter, out, to, overwrite=overwrite, progress=progress)
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on where it stopped.")
+        say(messages, "Stopped. The same command goes on where it stopped.")
         raise typer.Exit(130) from None
-    console.print(
-        f"{out}: {result.nbytes / 1e6:,.1f} MB, {len(result.changed)} tensors changed by the adapter"
+    say(
+        messages,
+        f"{out}: {result.nbytes / 1e6:,.1f} MB, {len(result.changed)} tensors changed by the adapter",
     )
     if to == "8bit":
-        console.print(
+        say(
+            messages,
             f"storing them in 8 bits added an error of {result.added_error:.2g} of their squared size "
-            f"({100 * result.added_error**0.5:.2f} % of their size)"
+            f"({100 * result.added_error**0.5:.2f} % of their size)",
         )
     if result.untied:
-        console.print(
-            f"{' and '.join(result.untied)} shared one tensor; the adapter changes it for one of them, so the copy "
-            "holds both, and its config.json says so"
+        say(
+            messages,
+            f"{' and '.join(result.untied)} shared one tensor; the adapter changes it for one of them, so the copy holds both, "
+            "and its config.json says so",
         )
+    say_command(messages, "Next: ", f'octavo generate {shlex.quote(out)} "..."')

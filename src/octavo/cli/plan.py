@@ -1,49 +1,53 @@
 """`octavo plan`: will it fit? Memory for loading, generating and training, from the configuration alone."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
+from .options import DtypeName, not_blank, size
 
 
 def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="A folder with a config.json, or a Hugging Face id: of it only config.json is fetched."
+            metavar="MODEL",
+            help="A folder with a config.json, or a Hugging Face id: of it only config.json is fetched.",
+            show_default=False,
+            callback=not_blank,
         ),
     ],
     memory: Annotated[
-        str | None, typer.Option(help="What there is: 11GB, 24GiB. Says what to change if it is too little.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="What there is: 11GB, 24GiB. Says what to change if it is too little."
+        ),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a text. Default: 2048, or what the model reads at most.", min=2),
+        typer.Option(
+            metavar="N", help="Tokens of a text. Default: 2048, or what the model reads at most.", min=2
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 1,
-    lora_r: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Texts at once.", min=1)] = 1,
+    lora_r: Annotated[int, typer.Option(metavar="N", help="Rank of the adapters.", min=1)] = 16,
     lora_targets: Annotated[
-        str, typer.Option(help="all-linear, all, or names: q_proj,v_proj.")
+        str, typer.Option(metavar="NAME,...", help="all-linear, all, or names: q_proj,v_proj.")
     ] = "all-linear",
-    optimizer: Annotated[str, typer.Option(help="adamw_8bit or adamw.")] = "adamw_8bit",
+    optimizer: Annotated[
+        Literal["adamw_8bit", "adamw"], typer.Option(help="As in `octavo finetune`.")
+    ] = "adamw_8bit",
     gradient_checkpointing: Annotated[
         bool,
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="As in `octavo finetune`."),
     ] = True,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    device: Annotated[
+        Literal["cuda", "cpu"] | None,
+        typer.Option(help="Where it is to run. Default: a GPU if this machine has one."),
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Type to compute in. Default: bfloat16 on a GPU, float32 on a CPU.")
+        DtypeName | None,
+        typer.Option(help="Type to compute in. Default: bfloat16 on a GPU, float32 on a CPU."),
     ] = None,
 ) -> None:
     """Estimate the memory that MODEL takes in 8 bits, part by part, without downloading its weights: for loading it, for
@@ -51,28 +55,33 @@ def plan(
 
     Examples:
 
-        octavo plan EleutherAI/gpt-j-6b --memory 11GB
-
-        octavo plan ./my-model-8bit --device cpu --max-length 512 --batch-size 4
+    \b
+        octavo plan EleutherAI/gpt-j-6b --device cuda --memory 11GB
+        octavo plan ./my-model-8bit --max-length 512 --batch-size 4
     """
-    import torch
-    from rich.console import Console
+    from octavo.checkpoint.locate import locate_config
 
-    from octavo.cli.progress import quiet_future_warnings
+    from .terminal import quiet_libraries, say, terminal
+
+    available = None if memory is None else size(memory, "--memory")
+    found = locate_config(model)
+    if found is None:
+        raise ValueError(
+            f"{model}: a GGUF file has no config.json to plan from; `octavo quantize` it, and plan for the folder"
+        )
+
+    import torch
+
     from octavo.training import memory as estimates
     from octavo.training.data import check_length
     from octavo.training.recipe import Recipe
 
-    quiet_future_warnings()
-    if device not in ("cuda", "cpu"):
-        raise ValueError(f"--device: expected cuda or cpu, found {device!r}")
-    available = None if memory is None else parse_memory(memory)
-    types = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    chosen = dtype or ("bfloat16" if device == "cuda" else "float32")
-    if chosen not in types:
-        raise ValueError(f"--dtype: expected one of {', '.join(types)}, found {chosen!r}")
-    computing = types[chosen]
-    config, octavo_config, quantized = read_config(model)
+    quiet_libraries()
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    place = device or here
+    chosen = dtype or ("bfloat16" if place == "cuda" else "float32")
+    computing = getattr(torch, chosen)
+    config, octavo_config, quantized = read_config(found.parent)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     length_now = max_length or min(2048, positions or 2048)
     check_length(config, length_now)
@@ -92,60 +101,56 @@ def plan(
             max_length=length,
             batch_size=batch,
             recipe=recipe,
-            device=device,
+            device=place,
         )
 
-    loading = estimates.loading(config, octavo_config, computing, quantized=quantized, device=device)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(
-        f"[bold]{model}[/bold]: {loading.parameters / 1e6:,.0f} million parameters in 8 bits, computing in {chosen} on "
-        f"{device}"
+    loading = estimates.loading(config, octavo_config, computing, quantized=quantized, device=place)
+    console = terminal()
+    say(
+        console,
+        (model, "bold"),
+        f": {loading.parameters / 1e6:,.0f} million parameters in 8 bits, computing in {chosen} on {place}"
+        + (
+            "; this machine has no GPU: --device cuda plans for one"
+            if device is None and here == "cpu"
+            else ""
+        ),
     )
     _show(console, "loading", loading, available)
-    size = f"{batch_size} × {length_now} tokens"
+    of_size = f"{batch_size} × {length_now} tokens"
 
     def generate(length: int, batch: int):
         return estimates.generating(
-            config, octavo_config, computing, max_length=length, batch_size=batch, device=device
+            config, octavo_config, computing, max_length=length, batch_size=batch, device=place
         )
 
     try:
         generating = generate(length_now, batch_size)
-        _show(console, f"generating, {size}", generating, available)
+        _show(console, f"generating, {of_size}", generating, available)
         if available is not None and generating.total > available:
             _advise_generating(console, generate, available, length_now, batch_size)
         training = train(length_now, batch_size)
     except estimates.DependsOnValues as error:
-        console.print(f"\ngenerating and training: {error}")
+        console.print()
+        say(console, f"generating and training: {error}")
         return
-    _show(console, f"training, {size}", training, available)
-    console.print(f"  ({training.trainable / 1e6:,.1f} million parameters are trained)")
+    _show(console, f"training, {of_size}", training, available)
+    say(console, f"  ({training.trainable / 1e6:,.1f} million parameters are trained)")
     if available is not None and training.total > available:
         _advise(console, train, available, length_now, batch_size, options)
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of "11GB" (10⁹), "11GiB" (2³⁰), "500MB". Raises ValueError saying what is expected."""
-    import re
-
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not match or match[2] not in UNITS:
-        raise ValueError(f"--memory: expected a size such as 11GB or 24GiB, found {text!r}")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def read_config(model: str) -> tuple[Any, Any, bool]:
+def read_config(folder: Any) -> tuple[Any, Any, bool]:
     """transformers' configuration of a model, how it is (or would be) stored, and whether it is in 8 bits already."""
     from transformers import AutoConfig
 
     from octavo import OctavoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{model}: expected a folder with a config.json that transformers knows, or a hub id; found none "
-            f"({str(error).splitlines()[0]})"
+            f"{folder}: expected a config.json that transformers knows; found {str(error).strip().splitlines()[0]}"
         ) from error
     stored: Any = getattr(config, "quantization_config", None)
     stored = stored.to_dict() if hasattr(stored, "to_dict") else stored
@@ -159,33 +164,39 @@ def _gib(size: int) -> str:
 
 
 def _show(console: Any, title: str, estimate: Any, available: int | None) -> None:
-    fits = ""
+    from .terminal import say
+
+    fits = []
     if available is not None:
-        fits = " [green]fits" if estimate.total <= available else " [red]does not fit"
-        fits += f"[/] into {_gib(available).strip()}"
-    console.print(f"\n[bold]{title}[/bold]{fits}")
+        fits = [(" fits", "green") if estimate.total <= available else (" does not fit", "red")]
+        fits.append((f" into {_gib(available).strip()}", ""))
+    console.print()
+    say(console, (title, "bold"), *fits)
     # One unit a table.
     unit, name = (2**30, "GiB") if estimate.total >= 2**30 else (2**20, "MiB")
-    for part, size in (*estimate.parts.items(), ("together", estimate.total)):
-        line = f"{part:32} {size / unit:8.2f} {name}"
-        console.print(f"  [bold]{line}[/bold]" if part == "together" else f"  {line}")
+    for part, count in (*estimate.parts.items(), ("together", estimate.total)):
+        say(console, f"  {part:32} {count / unit:8.2f} {name}", style="bold" if part == "together" else "")
 
 
 def _advise_generating(console: Any, generate: Any, available: int, length: int, batch: int) -> None:
     """Print the first batch and length that fit, if any do."""
+    from .terminal import say
+
     while batch > 1 or length > 256:
         batch, length = (1, length) if batch > 1 else (1, length // 2)
         total = generate(length, batch).total
         if total <= available:
-            console.print(f"  {batch} × {length} tokens fit: {_gib(total).strip()}")
+            say(console, f"  {batch} × {length} tokens fit: {_gib(total).strip()}")
             return
-    console.print("  It does not fit with 256 tokens either: a smaller model, or more memory.")
+    say(console, "  It does not fit with 256 tokens either: a smaller model, or more memory.")
 
 
 def _advise(
     console: Any, train: Any, available: int, length: int, batch: int, options: dict[str, Any]
 ) -> None:
     """Print what would make training fit, each change on top of those before, until it does."""
+    from .terminal import say
+
     changes: dict[str, Any] = {}
     steps: list[tuple[str, int, int, dict[str, Any]]] = []
     if not options["gradient_checkpointing"]:
@@ -203,12 +214,14 @@ def _advise(
     if options["lora_r"] > 4:
         changes = {**changes, "lora_r": 4}
         steps.append(("--lora-r 4", length, batch, changes))
-    console.print("\n[bold]To make training fit[/bold], one after the other:")
+    console.print()
+    say(console, ("To make training fit", "bold"), ", one after the other:")
     for words, length_now, batch_now, changed in steps:
         total = train(length_now, batch_now, **changed).total
-        console.print(f"  {words:40} {_gib(total)}")
+        say(console, f"  {words:40} {_gib(total)}")
         if total <= available:
             return
-    console.print(
-        "  Nothing here is enough: a smaller model, or more memory (several GPUs: FSDP2, see docs/TRAINING.md)."
+    say(
+        console,
+        "  Nothing here is enough: a smaller model, or more memory (several GPUs: FSDP2, see docs/TRAINING.md).",
     )

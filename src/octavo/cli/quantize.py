@@ -1,28 +1,15 @@
 """`octavo quantize`: a checkpoint to 8 bits, tensor by tensor."""
 
-import re
-from enum import Enum
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from .options import Overwrite, not_blank, size
 
-
-class Codebook(str, Enum):
-    """What the 256 numbers of a table are."""
-
-    fitted = "fitted"
-    dynamic = "dynamic"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a plain number. Raises typer.BadParameter for anything else."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise typer.BadParameter(f"expected a size such as 5GB or 500MB, found {text!r}")
-    return max(1, int(float(match[1]) * UNITS[match[2].upper()]))
+# A source that holds fewer bits a weight than this has lost more than 8 bits can show.
+NARROW = 8.0
 
 
 def quantize(
@@ -30,6 +17,7 @@ def quantize(
         str,
         typer.Argument(
             metavar="SOURCE",
+            callback=not_blank,
             help="What to convert: a folder or a Hugging Face id (safetensors, or .bin), a published 8-bit checkpoint, "
             "FP8, MXFP4 or int8 weights, or a GGUF file.",
             show_default=False,
@@ -42,7 +30,7 @@ def quantize(
         ),
     ],
     codebook: Annotated[
-        Codebook | None,
+        Literal["fitted", "dynamic"] | None,
         typer.Option(
             help="fitted: 256 numbers fitted to each matrix, the least error; dynamic: the table of the published 8-bit "
             "checkpoints. Default: fitted.",
@@ -52,6 +40,7 @@ def quantize(
     block_size: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=1,
             help="Weights that share a scale: smaller is more exact and larger. Default: 64 for fitted (8.25 bits a weight), "
             "4096 for dynamic.",
@@ -65,13 +54,10 @@ def quantize(
             help="Parameters to leave in float, by whole parts of their names: lm_head, 'layers.[0-3].mlp'. May be repeated.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace OUT once the new one is whole; discard unfinished work that differs."
-        ),
-    ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights: 5GB, 500MB, ...")] = "5GB",
+    overwrite: Overwrite = False,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest file of weights: 5GB, 500MB, ...")
+    ] = "5GB",
     trust_remote_code: Annotated[
         bool,
         typer.Option(
@@ -82,14 +68,15 @@ def quantize(
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT",
+            metavar="FILE",
             help="Choose codes by the error of each layer's output on this text file, not by the weights alone. Same format "
             "and size, closer predictions; the whole model runs, in 8 bits. May be repeated: the more varied, the better.",
             show_default=False,
         ),
     ] = None,
     calibrate_tokens: Annotated[
-        int, typer.Option(min=1024, help="Tokens of text to calibrate on, spread over the files.")
+        int,
+        typer.Option(metavar="N", min=1024, help="Tokens of text to calibrate on, spread over the files."),
     ] = 16384,
 ) -> None:
     """Convert SOURCE to 8 bits and write it to OUT.
@@ -102,24 +89,29 @@ def quantize(
 
     Examples:
 
+    \b
         octavo quantize ./my-model ./my-model-8bit
-
         octavo quantize EleutherAI/gpt-j-6b ./gpt-j-8bit --skip lm_head
-
-        octavo quantize model.Q4_1.gguf ./model-8bit --codebook fitted --block-size 32
-
-        octavo quantize ./my-model ./my-model-8bit --calibrate novel.txt --calibrate manual.txt
+        octavo quantize model.Q8_0.gguf ./model-8bit --block-size 32
+        octavo quantize ./my-model ./my-model-8bit \\
+            --calibrate novel.txt --calibrate manual.txt
     """
-    size = parse_size(max_shard_size)
+    from octavo.checkpoint.locate import Hub
+    from octavo.checkpoint.place import choose_place
 
-    import warnings
+    from .checks import check_model
+    from .terminal import bytes_progress, quiet_loading, say, terminal, warnings_as_lines
 
-    from rich.console import Console
+    shard_size = size(max_shard_size, "--max-shard-size")
+    if calibrate:
+        from octavo.text_files import read_text
+
+        for text in calibrate:
+            read_text(text, "--calibrate")
+    choose_place(out, check_model(source, hub=Hub(trust_remote_code=trust_remote_code)), overwrite)
 
     from octavo.checkpoint import convert, open_source
     from octavo.config import OctavoConfig
-
-    from .progress import bytes_progress, quiet_loading
 
     calibration = None
     if calibrate:
@@ -127,78 +119,101 @@ def quantize(
 
         quiet_loading()
         calibration = Calibration(calibrate, calibrate_tokens)
-    messages = Console(stderr=True)
-    config = OctavoConfig(
-        codebook=codebook.value if codebook else "fitted", block_size=block_size, skip=skip or []
-    )
+    messages = terminal(stderr=True)
+    config = OctavoConfig(codebook=codebook or "fitted", block_size=block_size, skip=skip or [])
     try:
-        with warnings.catch_warnings():
-            # Meant for the user as they are, without the file and line they come from.
-            warnings.showwarning = lambda message, *_: messages.print(
-                f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
-            )
-            with messages.status(f"Opening {source}"):
-                opened = open_source(source, trust_remote_code=trust_remote_code)
+        with warnings_as_lines(messages):
+            opened = open_source(source, trust_remote_code=trust_remote_code)
+            if opened.kind == "gguf":
+                _warn_of_a_narrow_source(opened, messages)
             with opened, bytes_progress(messages) as progress:
                 result = convert(
                     opened,
                     out,
                     config,
                     overwrite=overwrite,
-                    max_shard_size=size,
+                    max_shard_size=shard_size,
                     requantize=codebook is not None or block_size is not None,
                     calibration=calibration,
                     progress=progress,
                 )
     except KeyboardInterrupt:
-        messages.print("Stopped. The same command goes on where it stopped.")
+        say(messages, "Stopped. The same command goes on where it stopped.")
         raise typer.Exit(130) from None
     _show(result, opened.kind, calibration)
 
 
-def _show(result, kind: str, calibration=None) -> None:
-    """The table at the end, and what to do next."""
-    from rich.console import Console
-    from rich.table import Table
+def _warn_of_a_narrow_source(opened: Any, messages: Any) -> None:
+    """Say that 8 bits win nothing back of what a source in 4 bits has lost."""
+    import math
 
-    console = Console()
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    before, after = result.source_bytes, result.bytes
-    table.add_row("size before", _mb(before))
-    table.add_row("size after", f"{_mb(after)}  ({after / max(before, 1):.0%})")
-    table.add_row("bits per weight", f"{result.bits_per_weight:.3f}")
-    exact = bool(result.quantized) and all(row.kind == "exact" for row in result.quantized)
-    error = "none: the published numbers, unchanged" if exact else f"{result.error:.2e}"
-    table.add_row("weight error ‖w−ŵ‖²/‖w‖²", error)
-    table.add_row("matrices in 8 bits", str(len(result.quantized)))
-    if calibration is not None and calibration.errors:
-        before, after = (
-            sum(pair) / len(calibration.errors) for pair in zip(*calibration.errors.values(), strict=True)
+    from .terminal import say
+
+    matrices = [info for info in opened.tensors.values() if len(info.shape) > 1]
+    weights = sum(math.prod(info.shape) for info in matrices)
+    bits = 8 * sum(info.nbytes for info in matrices) / max(weights, 1)
+    if bits < NARROW:
+        say(
+            messages,
+            f"note: {opened.files[0].name} holds {bits:.1f} bits a weight. In 8 bits it will be larger, and no better: what "
+            "those bits lost is lost. Where the original in 16 bits is to be had, quantize that",
+            style="yellow",
         )
-        table.add_row("calibrated", f"{len(calibration.errors)} of them")
-        table.add_row("their output error on the text", f"{before:.2e} → {after:.2e}")
-    table.add_row("time", f"{result.seconds:.1f} s" + (", resumed" if result.resumed else ""))
-    console.print(table)
+
+
+def _show(result: Any, kind: str, calibration: Any = None) -> None:
+    """The figures, and what to do next."""
+    from .terminal import say, show_facts, terminal
+
+    before, after = result.source_bytes, result.bytes
+    exact = bool(result.quantized) and all(row.kind == "exact" for row in result.quantized)
+    facts = [
+        ("size before", _mb(before)),
+        ("size after", f"{_mb(after)}  ({after / max(before, 1):.0%})"),
+        ("bits per weight", f"{result.bits_per_weight:.3f}"),
+        (
+            "weight error ‖w−ŵ‖²/‖w‖²",
+            "none: the published numbers, unchanged" if exact else f"{result.error:.2e}",
+        ),
+        ("matrices in 8 bits", str(len(result.quantized))),
+    ]
+    if calibration is not None and calibration.errors:
+        count = len(calibration.errors)
+        was, now = (sum(pair) / count for pair in zip(*calibration.errors.values(), strict=True))
+        facts.append(("calibrated", f"{count} of them"))
+        facts.append(("their output error on the text", f"{was:.2e} → {now:.2e}"))
+    facts.append(("time", f"{result.seconds:.1f} s" + (", resumed" if result.resumed else "")))
+    out = terminal()
+    show_facts(out, facts)
     if result.unexpected:
-        names = ", ".join(result.unexpected[:3])
-        more = ", ..." if len(result.unexpected) > 3 else ""
-        console.print(
-            f"\n[yellow]Left out:[/] {len(result.unexpected)} tensors the model has no place for: "
-            f"{names}{more}",
-            soft_wrap=True,
+        names = ", ".join(result.unexpected[:3]) + (", ..." if len(result.unexpected) > 3 else "")
+        out.print()
+        say(
+            out,
+            ("Left out:", "yellow"),
+            f" {len(result.unexpected)} tensors the model has no place for: {names}",
         )
     if result.dropped and kind == "published":
-        console.print(f"\nLeft out: {len(result.dropped)} buffers that are constants (attention masks).")
-    console.print(f'\nNext:  octavo generate {result.out} "..."', soft_wrap=True, highlight=False)
+        out.print()
+        say(out, f"Left out: {len(result.dropped)} buffers that are constants (attention masks).")
+    _show_next(out, result)
+
+
+def _show_next(out: Any, result: Any) -> None:
+    """What a model of this kind is for."""
+    from .checks import architecture, continues_text, in_python
+    from .terminal import say, say_command
+
+    out.print()
+    name = architecture(result.out)
+    if name and not continues_text(name):
+        say_command(out, "Next, in Python: ", in_python(name, result.out))
+        return
+    command = f"octavo generate {shlex.quote(str(result.out))}"
+    say_command(out, "Next: ", f'{command} "..."')
     if result.adapter:
-        console.print(
-            f"The low-rank adapter that came with the weights is in {result.adapter}: add --adapter "
-            f"{result.adapter}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        say(out, "With the low-rank adapter that came with the weights:")
+        say_command(out, "      ", f'{command} "..." --adapter {shlex.quote(str(result.adapter))}')
 
 
 def _mb(nbytes: int) -> str:

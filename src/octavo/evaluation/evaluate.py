@@ -322,6 +322,7 @@ def evaluate(
     against: str | Path | None = None,
     logits: str | Path | None = None,
     save_logits: str | Path | None = None,
+    adapter: str | Path | None = None,
     window: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
@@ -338,6 +339,7 @@ def evaluate(
         model, against: anything `octavo.load` takes; plain ones are not quantized.
         texts: files, or ids of data sets: see `octavo.evaluation.texts`.
         logits: a base's predictions from an earlier run, in place of `against`.
+        adapter: a PEFT adapter to put onto `model`.
         save_logits: keep predictions here: the base's with `against`, else the model's.
         window, stride: Default: the model's longest context, at most 2048, and half of it; with `logits`, those of the file.
         limit_tokens: read only that many tokens of the texts.
@@ -355,6 +357,7 @@ def evaluate(
         raise ValueError(
             "--logits and --save-logits: give one of them: the base's predictions are in a file already"
         )
+    name = str(model) if adapter is None else f"{model} with {adapter}"
     bits = stored_bits(model) if config is None else None
     saved = LogitsReader(logits) if logits is not None else None
     if saved is not None:
@@ -363,15 +366,21 @@ def evaluate(
         check_writable(save_logits)
     tokens = tokenize(read_texts(texts), load_tokenizer(model), limit_tokens)
 
-    def run(src: str | Path, how: OctavoConfig | None, base: LogitsReader | None, save: str | Path | None):
+    def run(
+        src: str | Path,
+        base: LogitsReader | None,
+        save: str | Path | None,
+        how: OctavoConfig | None = None,
+        on_top: str | Path | None = None,
+    ):
         # The model lives in here only.
-        network = load_as_it_is(src, dtype, device, how)
+        network = load_as_it_is(src, dtype, device, how, on_top)
         check_causal(network)
         return measure(
             network,
             tokens,
             *choose_window(network, window, stride),
-            name=str(src),
+            name=str(src) if on_top is None else name,
             batch_size=batch_size,
             base=base,
             save=save,
@@ -381,15 +390,15 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="octavo-evaluate-") as scratch:
         if against is not None:
             kept = save_logits or Path(scratch) / "base.logits"
-            first = run(against, None, None, kept)
+            first = run(against, None, kept)
             window, stride = first.window, first.stride
             free()
             saved, save_logits = LogitsReader(kept), None
-        measured = run(model, config, saved, save_logits)
+        measured = run(model, saved, save_logits, config, adapter)
         comparison = compare_with(measured, saved, seed) if saved is not None else None
         del saved
     interval = statistics.interval(measured.nll.numpy(), measured.sizes, seed)
-    return Evaluation(str(model), measured, interval, comparison, seed, bits)
+    return Evaluation(name, measured, interval, comparison, seed, bits)
 
 
 def free() -> None:

@@ -24,6 +24,7 @@ def load_as_it_is(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     config: OctavoConfig | None = None,
+    adapter: str | Path | None = None,
 ) -> Any:
     """Load a model to be measured.
 
@@ -32,6 +33,7 @@ def load_as_it_is(
         dtype: type to compute in. Default: as `octavo.load` chooses: the model's own; float32 in place of float16 on a CPU.
         device: Default: "cuda" if there is one, else "cpu".
         config: quantize a plain model in this way while it loads.
+        adapter: a PEFT adapter to put on top.
 
     Returns:
         The transformers model, in evaluation mode.
@@ -58,8 +60,12 @@ def load_as_it_is(
             model = model_class_of(source.model_config()).from_pretrained(
                 str(source.folder), dtype=asked, device_map={"": str(place)}, **source.pretrained_options
             )
+            if adapter is not None:
+                from ..integrations.peft import add_adapter
+
+                add_adapter(model, adapter)
             return model.eval()
-    return load(src, dtype, device, config=config)
+    return load(src, dtype, device, config=config, adapter=adapter)
 
 
 def stored_bits(src: str | Path) -> float:

@@ -6,7 +6,7 @@
     ID[:CONFIGURATION[:SPLIT[:COLUMN]]]          a data set's rows as one text, an empty line between (SPLIT: test,
                                                  COLUMN: text)
 
-Texts stay apart: no window reaches from one into the next.
+Files are in UTF-8 or UTF-16 (`octavo.text_files`). Texts stay apart: no window reaches from one into the next.
 
 Example:
     >>> texts = read_texts(["a.txt", "Salesforce/wikitext:wikitext-2-raw-v1:test"])  # doctest: +SKIP
@@ -18,9 +18,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ..text_files import read_text
+
+if TYPE_CHECKING:
+    import torch
 
 # As transformers' page on perplexity, and after it most published figures, put the rows together.
 ROW_SEPARATOR = "\n\n"
@@ -48,7 +51,7 @@ class Tokens:
     """
 
     name: str
-    ids: torch.Tensor
+    ids: "torch.Tensor"
     words: int
     bytes: int
 
@@ -68,7 +71,7 @@ def read_texts(sources: Sequence[str]) -> list[Text]:
 
     Raises:
         FileNotFoundError: if a name that looks like a file's does not exist.
-        ValueError: if a file is not UTF-8 text or is empty, or the hub does not give the data set.
+        ValueError: if a file is no text in UTF-8 or UTF-16 or is empty, or the hub does not give the data set.
         ImportError: if a data set is asked for and `datasets` is not installed.
     """
     if not sources:
@@ -78,21 +81,8 @@ def read_texts(sources: Sequence[str]) -> list[Text]:
 
 def _read(source: str) -> Text:
     path = Path(source).expanduser()
-    if path.is_dir():
-        raise ValueError(f"--text {source}: expected a text file, found a folder")
-    if not path.exists() and (path.suffix.lower() in (".txt", ".md", ".rst") or path.is_absolute()):
-        raise FileNotFoundError(f"--text {source}: no such file")
-    if not path.exists():
-        return _read_hub(source)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--text {source}: expected text in UTF-8, found byte {error.object[error.start]:#04x} at {error.start}"
-        ) from None
-    if not text.strip():
-        raise ValueError(f"--text {source}: the file is empty")
-    return Text(source, text)
+    named = path.suffix.lower() in (".txt", ".md", ".rst") or path.is_absolute() or source.count("/") > 1
+    return Text(source, read_text(path, "--text")) if path.exists() or named else _read_hub(source)
 
 
 def _read_hub(source: str) -> Text:
@@ -145,6 +135,8 @@ def tokenize(texts: Sequence[Text], tokenizer: Any, limit: int | None = None) ->
 
 
 def _tokenize(each: Text, tokenizer: Any, limit: int | None) -> Tokens:
+    import torch
+
     # A tokenizer warns of texts longer than its model's context; the windows take care of that.
     offsets = limit is not None and bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(each.text, verbose=False, **({"return_offsets_mapping": True} if offsets else {}))

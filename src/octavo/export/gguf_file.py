@@ -111,7 +111,7 @@ def export_gguf(
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder; expected a file to write")
     if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; give another name, or --force to replace it")
+        raise FileExistsError(f"{out} exists; give another name, or --overwrite to replace it")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out.absolute().parent}: no such folder to write {out.name} to")
     from .. import load_tokenizer

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.adapters import lora_options
+from ..checkpoint.locate import locate_adapter
 from ..tensor import OctavoTensor
 
 ADAPTER_NAME = "published"
@@ -42,11 +43,7 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError("adapters need PEFT: `pip install 'octavo[train]'`") from error
-    folder = Path(adapter).expanduser()
-    if folder.is_dir() and not (folder / "adapter_config.json").exists():
-        raise ValueError(f"{adapter}: expected a PEFT adapter folder, found no adapter_config.json in it")
-    if not folder.exists() and (folder.is_absolute() or str(adapter).count("/") != 1):
-        raise ValueError(f"{adapter}: no such folder, and not a hub id of the form organization/name")
+    locate_adapter(adapter)
     try:
         with warnings.catch_warnings():
             # Of thousands of names; `_not_of_this_model` says it in one line.

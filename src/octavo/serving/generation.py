@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from ..training.prompts import Encoded, encode
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -52,42 +54,23 @@ class _TimedStreamer(TextStreamer):
             self.write(text)
 
 
-def encode(tokenizer: Any, prompt: str, chat: bool | None) -> dict[str, torch.Tensor]:
-    """Token ids and mask of a prompt, in the model's chat template if `chat` (None: if it has one).
-
-    Raises:
-        ValueError: if a chat template is asked for and there is none, or the prompt is empty.
-    """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not has_template:
-        raise ValueError("--chat: this model's tokenizer has no chat template; leave the option out")
-    if chat or (chat is None and has_template):
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].shape[-1] == 0:
-        raise ValueError("the prompt is empty: give at least one word to continue")
-    return encoded
-
-
 def stream(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Encoded,
     write: Callable[[str], None],
-    chat: bool | None = None,
     **options: Any,
 ) -> Generated:
     """Generate from a prompt, calling `write` with each piece of text as it is there.
 
     Args:
         model, tokenizer: as `octavo.load` and `octavo.load_tokenizer` give them.
-        chat: whether the prompt goes into the chat template; None: if there is one.
+        prompt: a text, which goes into the chat template if there is one; or what `octavo.training.prompts.encode` made of it,
+            in the way that an adapter was trained.
         options: passed to transformers' `generate` (max_new_tokens, do_sample, temperature, ...).
     """
-    inputs = {name: value.to(model.device) for name, value in encode(tokenizer, prompt, chat).items()}
+    encoded = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    inputs = {name: value.to(model.device) for name, value in encoded.inputs.items()}
     inputs.pop("token_type_ids", None)
     if getattr(tokenizer, "pad_token_id", None) is None:
         options.setdefault("pad_token_id", tokenizer.eos_token_id)

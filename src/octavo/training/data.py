@@ -1,33 +1,21 @@
-"""Training examples from files: text, prompts with completions, conversations.
-
-    file                    what a record is
-    .txt                    the whole file is one text, cut into pieces of `max_length` (packed)
-    .jsonl, .json           one record a line: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}
-    .csv                    columns `text`, or `prompt` and `completion`
-    anything else           a data set's id on the Hugging Face hub, its `train` split with columns as above
+"""Training examples: records (`octavo.training.records`) as tokens, and batches of them.
 
 An example is {"input_ids", "labels"}; a label of -100 is not learned. The loss is taken on completions and on
 the assistant's turns; the end-of-text token follows every text and completion.
 
 Example:
-    >>> from octavo.training.data import read_records
-    >>> read_records(["poems.txt"])  # doctest: +SKIP
-    [{'text': '...'}]
+    >>> from octavo.training.data import tokenize
+    >>> tokenize([{"text": "hola"}], tokenizer, 512).examples  # doctest: +SKIP
+    [{'input_ids': [71, 50256], 'labels': [71, 50256]}]
 """
 
-import csv
-import json
-import random
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .loss import IGNORED
 
-FORMS = "`text`, `prompt` and `completion`, or `messages`"
 Example = dict[str, list[int]]
 
 
@@ -51,142 +39,13 @@ class Examples:
         return sum(sum(label != IGNORED for label in example["labels"][1:]) for example in self.examples)
 
 
-def read_records(sources: Iterable[str], option: str = "--data") -> list[dict[str, Any]]:
-    """Read files or hub ids into records, each with exactly one of `text`, `prompt`+`completion`, `messages`.
-
-    Args:
-        option: what errors call the sources.
-
-    Raises:
-        ValueError: if a file holds something else, naming the file and the line.
-        FileNotFoundError: if a name with a file's ending does not exist.
-    """
-    records: list[dict[str, Any]] = []
-    for source in sources:
-        try:
-            records += _read(source, f"{option} {source}")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{option} {source}: expected text in UTF-8, found byte {error.object[error.start]:#04x} at {error.start}; "
-                f"convert it: iconv -f LATIN1 -t UTF-8 {source}"
-            ) from error
-    return records
-
-
-def _read(source: str, named: str) -> list[dict[str, Any]]:
-    path = Path(source)
-    ending = path.suffix.lower()
-    if not path.exists():
-        if ending in (".txt", ".jsonl", ".json", ".csv"):
-            raise FileNotFoundError(f"{named}: no such file")
-        return _read_hub(source, named)
-    if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"{named}: the file is empty")
-    if ending == ".txt":
-        text = path.read_text(encoding="utf-8-sig")
-        if not text.strip():
-            raise ValueError(f"{named}: the file holds nothing but blank lines")
-        return [{"text": text, "packed": True}]
-    if ending in (".jsonl", ".json"):
-        return [_checked(record, place) for place, record in _read_json(path)]
-    if ending == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [_checked(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
-    raise ValueError(f"{named}: expected a .txt, .jsonl, .json or .csv file, found {ending or 'none'}")
-
-
-def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: expected a JSON array of records, found {error}") from error
-        yield from ((f"{path}, record {number}", record) for number, record in enumerate(records, 1))
-        return
-    # Not `splitlines`: JSON's strings may hold other line separators as they are.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object a line, found {error}"
-                ) from error
-
-
-def _read_hub(name: str, named: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"{named}: no such file; for a data set of the Hugging Face hub, `pip install datasets`"
-        ) from error
-    try:
-        table = load_dataset(name, split="train")
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{named}: neither a file here nor a data set that the Hugging Face hub gives ({reason})"
-        ) from error
-    return [_checked(record, f"{name}, record {number}") for number, record in enumerate(table, 1)]
-
-
-def _checked(record: Any, place: str) -> dict[str, Any]:
-    """The fields of one record that are used. Raises ValueError naming the place."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: expected a record with {FORMS}, found {type(record).__name__}")
-    if isinstance(record.get("messages"), list):
-        for number, message in enumerate(record["messages"], 1):
-            turn = isinstance(message, dict) and isinstance(message.get("role"), str)
-            if not turn or not ("content" in message or "tool_calls" in message):
-                raise ValueError(
-                    f'{place}, message {number}: expected {{"role": "user" or "assistant", "content": "..."}}, found '
-                    f"{json.dumps(message, ensure_ascii=False, default=str)[:80]}"
-                )
-        return {"messages": record["messages"]}
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return {"prompt": record["prompt"], "completion": record["completion"]}
-    if isinstance(record.get("text"), str):
-        return {"text": record["text"]}
-    raise ValueError(f"{place}: expected {FORMS}, found {sorted(str(key) for key in record)}")
-
-
-def split_records(records: list[dict[str, Any]], share: float, seed: int) -> tuple[list, list]:
-    """Set a share of the records aside for validation, drawn by `seed`; of a packed text, its last lines.
-
-    Raises:
-        ValueError: if `share` is not in [0, 1).
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"--validation-split: expected a share from 0 to below 1, found {share}")
-    train, held = [], []
-    whole = [record for record in records if not record.get("packed")]
-    for record in records:
-        if record.get("packed") and share:
-            lines = record["text"].splitlines(keepends=True)
-            cut = min(len(lines) - 1, round(len(lines) * (1 - share)))
-            train.append({**record, "text": "".join(lines[:cut])})
-            held.append({**record, "text": "".join(lines[cut:])})
-        elif record.get("packed"):
-            train.append(record)
-    order = list(range(len(whole)))
-    random.Random(seed).shuffle(order)
-    count = round(len(whole) * share) or (1 if share and len(whole) > 1 else 0)
-    aside = set(order[:count])
-    for number, record in enumerate(whole):
-        (held if number in aside else train).append(record)
-    return train, held
-
-
 def tokenize(
     records: list[dict[str, Any]], tokenizer: Any, max_length: int, packing: bool | None = None
 ) -> Examples:
     """Turn records into examples of at most `max_length` tokens.
 
     Args:
-        records: from `read_records`.
+        records: from `octavo.training.records.read_records`.
         tokenizer: a transformers tokenizer; its end-of-text token is appended.
         packing: put `text` records one after another and cut the whole into pieces of `max_length`. Default:
             for .txt.

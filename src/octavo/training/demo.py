@@ -19,7 +19,9 @@ import torch
 
 from ..evaluation.perplexity import Perplexity, perplexity
 from ..tensor import SUFFIXES, OctavoTensor
+from .card import Origin
 from .data import Example, tokenize
+from .prompts import Prompts
 from .recipe import Recipe
 from .run import Outcome, finetune_model
 
@@ -79,6 +81,7 @@ def finetune_demo(
     text: str | Path,
     output: str | Path,
     *,
+    base: str = "",
     prompt: str = "El hombre sabio",
     recipe: Recipe = DEMO_RECIPE,
     callbacks: list[Any] | None = None,
@@ -92,6 +95,7 @@ def finetune_demo(
         tokenizer: its tokenizer.
         text: a text file; empty lines stand between its chapters.
         output: folder for the adapter and the checkpoints.
+        base: where the model was loaded from; kept with the adapter. Default: not kept.
         prompt: what the texts before and after start with.
         callbacks: further callbacks for the Trainer.
         progress: called while measuring with "before" or "after", tokens done, and tokens in all.
@@ -118,8 +122,16 @@ def finetune_demo(
     digest = frozen_digest(model)
     before, text_before = measure("before", model), _write(model, tokenizer, prompt)
     packed = tokenize([{"text": learned, "packed": True}], tokenizer, recipe.max_length).examples
+    what = f"{Path(text).name}, all chapters but every {EVERY}th"
     outcome = finetune_model(
-        model, tokenizer, overlapping(packed, recipe.max_length), [], recipe, output, callbacks=callbacks
+        model,
+        tokenizer,
+        overlapping(packed, recipe.max_length),
+        [],
+        recipe,
+        output,
+        origin=Origin(base, [what], Prompts(examples={"text": 1})) if base else None,
+        callbacks=callbacks,
     )
     return DemoResult(
         before=before,

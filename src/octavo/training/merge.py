@@ -32,6 +32,7 @@ from ..config import OctavoConfig
 from ..model import Entry, Plan, holds_transpose, plan_model
 from ..quantizer import Packed
 from .adapter_files import Adapter
+from .prompts import read_prompts
 
 TYPES = {"8bit": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -181,6 +182,14 @@ class MergedSource(SourceOver):
                 "original weights with `octavo quantize`"
             )
         return homes
+
+    def save_auxiliary(self, out: Path) -> list[str]:
+        """The model's side files, and what the adapter was trained on: the merged model is asked in the same way."""
+        copied = super().save_auxiliary(out)
+        trained = read_prompts(self.adapter.folder)
+        if trained is not None:
+            trained.save(out)
+        return copied
 
     def plan(self) -> Plan:
         """What stays in 8 bits is what is in 8 bits: the files say so, whatever a rule would choose today."""

@@ -19,6 +19,7 @@ from .data import Example
 from .loss import IGNORED
 
 SHOWN_TOKENS = 200
+HEADINGS = ("step", "training loss", "validation loss", "perplexity")
 
 
 def show_example(example: Example, tokenizer: Any, console: Console) -> None:
@@ -85,22 +86,24 @@ def smoothed(values: tuple[float, ...] | list[float]) -> list[float]:
     ]
 
 
-def print_table(history: list[dict[str, float]], console: Console) -> None:
-    """One row an evaluation: step, training loss since the last, validation loss, perplexity."""
+def loss_rows(history: list[dict[str, float]]) -> list[list[str]]:
+    """One row an evaluation, under HEADINGS: step, training loss since the last, validation loss, perplexity."""
     train, held = losses(history)
-    points = held or train[:: max(1, len(train) // 10)]
-    table = Table("step", "training loss", "validation loss", "perplexity")
-    last = -1
-    for step, value in points:
+    rows, last = [], -1
+    for step, value in held or train[:: max(1, len(train) // 10)]:
         since = [loss for at, loss in train if last < at <= step]
         mean = f"{sum(since) / len(since):.3f}" if since else "–"
-        table.add_row(
-            str(step),
-            mean,
-            f"{value:.3f}" if held else "–",
-            f"{math.exp(min(value, 700)):,.2f}" if held else "–",
-        )
+        measured = [f"{value:.3f}", f"{math.exp(min(value, 700)):,.2f}"] if held else ["–", "–"]
+        rows.append([str(step), mean, *measured])
         last = step
+    return rows
+
+
+def print_table(history: list[dict[str, float]], console: Console) -> None:
+    """The rows of `loss_rows`."""
+    table = Table(*HEADINGS)
+    for row in loss_rows(history):
+        table.add_row(*row)
     for column in table.columns:
         column.justify = "right"
     console.print(table)

@@ -3,6 +3,7 @@
 Everything lands in the output folder:
 
     adapter_config.json, adapter_model.safetensors   a standard PEFT adapter, with the tokenizer
+    octavo_prompts.json                              what prompts it was trained on (`prompts`)
     checkpoint-N/                                    where `--resume` goes on
     loss.png, training.json, runs/                   curve, table, TensorBoard logs
 
@@ -17,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,9 +30,12 @@ from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from .adapters import add_adapters
+from .card import Origin, card_callback, write_card
 from .data import Example, check_length, collate
+from .folder import ADAPTER, check_space, move_into, newest_checkpoint, told_of_a_full_disk
 from .prepare import GradientGuard, LossGuard, prepare_for_training
 from .recipe import Recipe
+from .report import write_curve, write_log
 from .sharding import held_bytes, keep_accelerate_from_sharding, shard_frozen, sharding_asked
 from .trainer import OctavoTrainer, Progress, StopOnInterrupt
 
@@ -77,29 +82,6 @@ def training_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def newest_checkpoint(folder: str | Path) -> Path:
-    """The newest complete checkpoint of a run. A kill in the middle of saving leaves an incomplete one,
-    passed over.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        try:
-            # The Trainer writes its state last.
-            step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        except (OSError, ValueError, KeyError):
-            continue
-        if (path / "adapter_config.json").exists() or (path / "pytorch_model_fsdp_0").exists():
-            found.append((step, path))
-    if not found:
-        raise FileNotFoundError(
-            f"--resume: {folder} holds no complete checkpoint-N folder; start without --resume"
-        )
-    return max(found)[1]
 
 
 def arguments_of(
@@ -174,6 +156,7 @@ def finetune_model(
     recipe: Recipe,
     output: str | Path,
     *,
+    origin: Origin | None = None,
     resume: bool = False,
     callbacks: list[Any] | None = None,
 ) -> Outcome:
@@ -184,6 +167,7 @@ def finetune_model(
         tokenizer: saved with the adapter; its padding token fills batches. May be None.
         train, held_out: examples (`octavo.training.data.tokenize`); `held_out` may be empty.
         output: the folder to write.
+        origin: where the model and the examples come from; kept with the adapter, for whoever uses it.
         resume: continue from the newest complete checkpoint in `output`.
 
     Raises:
@@ -196,11 +180,14 @@ def finetune_model(
     output = Path(output)
     checkpoint = newest_checkpoint(output) if resume else None
     _same_options(recipe, train, held_out, output, checkpoint is not None)
+    if origin is not None:
+        # Before the first step: a checkpoint of a run that was killed is asked in the same way.
+        origin.prompts.save(output)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     steps = steps_of(recipe, len(train), processes)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     finished = state is not None and state.global_step >= steps
-    if finished and (output / "adapter_model.safetensors").exists():
+    if finished and (output / ADAPTER).exists():
         raise ValueError(
             f"--resume: the run in {output} is finished ({steps} steps); to train further start a new run with another --output"
         )
@@ -209,6 +196,13 @@ def finetune_model(
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     prepare_for_training(model, gradient_checkpointing=recipe.gradient_checkpointing)
     model = add_adapters(model, recipe)
+    if origin is not None:
+        model.peft_config["default"].base_model_name_or_path = origin.absolute_base
+    outcome = Outcome(model)
+    outcome.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    outcome.total = sum(parameter.numel() for parameter in model.parameters())
+    # float32 adapters, once in a checkpoint and once at the end; the optimizer's state, where it is smallest, is half of that.
+    check_space(output, 10 * outcome.trainable)
     shard = sharding_asked()
     if shard:
         keep_accelerate_from_sharding()
@@ -224,32 +218,52 @@ def finetune_model(
         eval_dataset=held_out or None,
         data_collator=partial(collate, pad=pad),
         processing_class=tokenizer,
-        callbacks=[GradientGuard(), LossGuard(), *(callbacks or [])],
+        callbacks=[
+            GradientGuard(),
+            LossGuard(),
+            *([card_callback(origin, recipe)] if origin is not None else []),
+            *(callbacks or []),
+        ],
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     stop = StopOnInterrupt(trainer.accelerator)
     trainer.add_callback(stop)
-    with stop:
+    with stop, told_of_a_full_disk(output):
         if state is not None and finished and not shard:
             # It was killed between its last checkpoint and saving the adapter; the Trainer would take one more step.
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    outcome = Outcome(model=trainer.model, steps=trainer.state.global_step, interrupted=stop.interrupted)
-    if held_out and not stop.interrupted and not _evaluated_at(trainer.state):
-        trainer.evaluate()
-    trainer.save_model()
-    outcome.history = trainer.state.log_history
+        if held_out and not stop.interrupted and not _evaluated_at(trainer.state):
+            trainer.evaluate()
+        outcome.model, outcome.steps = trainer.model, trainer.state.global_step
+        outcome.interrupted, outcome.history = stop.interrupted, trainer.state.log_history
+        _save(trainer, output, origin, recipe, outcome)
     evaluations = [entry for entry in outcome.history if "eval_loss" in entry]
     if evaluations:
         outcome.before, outcome.after = evaluations[0], evaluations[-1]
-    outcome.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    outcome.total = sum(parameter.numel() for parameter in model.parameters())
     outcome.held_bytes = held_bytes(model)
     return outcome
+
+
+def _save(trainer: Any, output: Path, origin: Origin | None, recipe: Recipe, outcome: Outcome) -> None:
+    """Write the adapter aside and move it in place whole; then what is told of the run: log, curve, card."""
+    partial = output / "adapter.partial"
+    try:
+        trainer.save_model(str(partial))
+        if trainer.args.should_save:
+            if origin is not None:
+                write_card(partial, origin, recipe, outcome.history, output)
+            move_into(partial, output)
+    finally:
+        if trainer.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+    if trainer.args.should_save and origin is not None:
+        write_log(outcome.history, output / "training.json")
+        write_curve(outcome.history, output / "loss.png", title=f"{origin.base} on {', '.join(origin.data)}")
 
 
 def _padding(tokenizer: Any) -> tuple[int | None, int | None]:
@@ -260,24 +274,6 @@ def _padding(tokenizer: Any) -> tuple[int | None, int | None]:
 def _evaluated_at(state: Any) -> bool:
     """Whether the log holds an evaluation of the last step."""
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
-
-
-def refuse_to_overwrite(output: str | Path) -> None:
-    """Keep a new run out of another's folder.
-
-    Raises:
-        ValueError: if `output` holds an adapter or checkpoints, or cannot be made.
-    """
-    output = Path(output)
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(
-            f"--output {output}: {parent} is {'no folder' if not parent.is_dir() else 'not writable'}; give another"
-        )
-    if (output / "adapter_model.safetensors").exists() or list(output.glob("checkpoint-*")):
-        raise ValueError(
-            f"--output {output} holds a run already: --resume goes on with it; for a new one give another folder, or remove this"
-        )
 
 
 def _digest(examples: list[Example]) -> str:

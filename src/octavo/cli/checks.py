@@ -1,0 +1,133 @@
+"""What can be wrong with a command's files and names, told before torch and transformers are imported, which takes seconds.
+
+Example:
+    >>> check_model("no/such/model")  # doctest: +SKIP
+    octavo.checkpoint.errors.CheckpointError: no/such/model: no such file or folder, ...
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from octavo.checkpoint.locate import NEWEST, Hub, Location, locate, locate_adapter
+
+# Ends of the names of classes that do not continue a text, and of those among them that do.
+OTHERS = (
+    "Model",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForNextSentencePrediction",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+CONTINUE = ("LMHeadModel", "DoubleHeadsModel")
+
+
+def check_model(model: str, what_for: str = "", adapter: str | None = None, hub: Hub = NEWEST) -> Location:
+    """Find a model; of a hub id, the files are fetched.
+
+    Args:
+        what_for: what only a model that continues text can do: "generate", "fine-tune". Then it must be one.
+        hub: what is fetched of a hub id.
+
+    Raises:
+        ValueError, OSError: if there is no model, it is of another kind, or there is no adapter to put on top.
+    """
+    if adapter is not None:
+        locate_adapter(adapter)
+    found = locate(model, hub)
+    if what_for and found.format != "gguf":
+        name = architecture(found.folder)
+        if name and not continues_text(name):
+            raise ValueError(
+                f"{model}: {name} does not continue text, so there is nothing to {what_for}; in Python: {in_python(name, model)}"
+            )
+    return found
+
+
+def architecture(folder: Path) -> str:
+    """The class that a model's config.json names; "" if it names none."""
+    try:
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str((config.get("architectures") or [""])[0])
+    except (OSError, ValueError, AttributeError):
+        # Whoever loads the model says what is wrong with it.
+        return ""
+
+
+def continues_text(name: str) -> bool:
+    """Whether a class of transformers, by its name, predicts the next token: so unless it is known not to."""
+    return not name.endswith(OTHERS) or name.endswith(CONTINUE)
+
+
+def in_python(name: str, model: str | Path) -> str:
+    """The lines that load a model which continues no text."""
+    if (Path(model) / "modules.json").is_file():
+        return f"from sentence_transformers import SentenceTransformer; SentenceTransformer({str(model)!r})"
+    return f"from transformers import {name}; {name}.from_pretrained({str(model)!r})"
+
+
+def check_prompt(text: str) -> None:
+    """Raise ValueError if a prompt is empty, or holds bytes that are no text."""
+    from octavo.text_files import check_whole
+
+    if not text.strip():
+        raise ValueError("the prompt is empty: give at least one word to continue")
+    check_whole(text, "the prompt")
+
+
+def check_new_file(out: str | Path, overwrite: bool = False) -> None:
+    """Raise ValueError if a file that is to be written is there, or cannot be made."""
+    out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; expected a file to write")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} is there already; give another name, or --overwrite to replace it")
+    check_parent(out)
+
+
+def check_parent(out: Path) -> None:
+    import os
+
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"{out}: {parent} is {'no folder' if not parent.is_dir() else 'not writable'}; give another"
+        )
+
+
+def check_drawing(output: Path, option: str) -> None:
+    """Before hours of work: raise ImportError or OSError if a plot cannot be drawn, or its folder cannot be made or written."""
+    import importlib.util
+    import tempfile
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"{option}: the plot needs matplotlib: pip install matplotlib")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{option} {output}: expected a folder, found a file")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=output):
+        pass
+
+
+def check_against(against: str | None) -> None:
+    """Raise ValueError or OSError if there is no checkpoint to compare with."""
+    if against is not None:
+        check_model(against)
+
+
+def check_texts(texts: list[str]) -> None:
+    """Raise ValueError or OSError if a file of texts is not there, is empty or is no text. Data sets are asked for later."""
+    from octavo.text_files import read_text
+
+    for text in texts:
+        path = Path(text).expanduser()
+        if path.exists() or is_file_name(text):
+            read_text(text, "--text")
+
+
+def is_file_name(text: str) -> bool:
+    path = Path(text).expanduser()
+    return path.suffix.lower() in (".txt", ".md", ".rst") or path.is_absolute() or text.count("/") > 1

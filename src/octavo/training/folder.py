@@ -1,0 +1,107 @@
+"""The folder of a run: what is in it already, whether it can be written, and what is said when it cannot. No torch here.
+
+Example:
+    >>> refuse_to_overwrite("poems")  # doctest: +SKIP
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def newest_checkpoint(folder: str | Path) -> Path:
+    """The newest complete checkpoint of a run. A kill in the middle of saving leaves an incomplete one,
+    passed over.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        try:
+            # The Trainer writes its state last.
+            step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if (path / "adapter_config.json").exists() or (path / "pytorch_model_fsdp_0").exists():
+            found.append((step, path))
+    if not found:
+        raise FileNotFoundError(
+            f"--resume: {folder} holds no complete checkpoint-N folder; start without --resume"
+        )
+    return max(found)[1]
+
+
+def refuse_to_overwrite(output: str | Path) -> None:
+    """Keep a new run out of another's folder.
+
+    Raises:
+        ValueError: if `output` holds an adapter or checkpoints, or cannot be made.
+    """
+    output = Path(output)
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"--output {output}: {parent} is {'no folder' if not parent.is_dir() else 'not writable'}; give another"
+        )
+    if (output / ADAPTER).exists() or list(output.glob("checkpoint-*")):
+        raise ValueError(
+            f"--output {output} holds a run already: --resume goes on with it; for a new one give another folder, or remove this"
+        )
+
+
+def move_into(partial: Path, output: Path) -> None:
+    """Give what was written aside its names in `output`; the file that makes a run a finished one comes last."""
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == ADAPTER):
+        path.replace(output / path.name)
+    partial.rmdir()
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Raise OSError, before a run, if its folder's disk has less free than one checkpoint and the adapter take.
+
+    Args:
+        needed: bytes.
+    """
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise OSError(
+            f"--output {output}: its disk has {free / 1e6:,.1f} MB free, and a checkpoint with the adapter takes "
+            f"{needed / 1e6:,.1f} MB; free some space, or give another folder"
+        )
+
+
+@contextmanager
+def told_of_a_full_disk(output: Path) -> Iterator[None]:
+    """Turn what libraries raise when a disk is full, each its own, into one OSError that says what is left and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not _says_full(error):
+            raise
+        try:
+            kept = f"the same command with --resume goes on from {newest_checkpoint(output).name}"
+        except FileNotFoundError:
+            kept = "no checkpoint was complete yet: start again"
+        raise OSError(
+            f"--output {output}: the disk is full ({shutil.disk_usage(output).free / 1e6:,.1f} MB free) and what was being saved "
+            f"is not whole; free some space, then {kept}"
+        ) from error
+
+
+def _says_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is that of a full disk: by its number, else by the words of safetensors (written
+    in Rust) and of torch's zip writer."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left" in str(error) or "PytorchStreamWriter failed" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
