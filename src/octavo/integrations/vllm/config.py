@@ -8,6 +8,8 @@ Example:
 from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -33,6 +35,7 @@ class VllmOctavoConfig(QuantizationConfig):
     def __init__(self, octavo: OctavoConfig):
         super().__init__()
         self.octavo = octavo
+        self.renaming = WeightsMapper()
 
     def __repr__(self) -> str:
         # vLLM logs it, and names its cache of compiled graphs by it.
@@ -59,9 +62,17 @@ class VllmOctavoConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "VllmOctavoConfig":
         return cls(OctavoConfig.from_dict(config))
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Octavo's files have the names of transformers' modules; where those differ from published checkpoints (Mixtral), vLLM
+        has kept the names of the checkpoints."""
+        rules = get_checkpoint_conversion_mapping(getattr(hf_config, "model_type", None)) or []
+        renamed = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        if any(".block_sparse_moe." in rule.source_patterns[0].replace("\\", "") for rule in renamed):
+            self.renaming = WeightsMapper(orig_to_new_substr={".mlp.": ".block_sparse_moe."})
+
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """vLLM asks for renamings here; ours also puts the three parts of a weight together."""
-        return Assembling(self.octavo)
+        return Assembling(self.octavo, self.renaming)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):

@@ -1,0 +1,39 @@
+"""The models that vLLM is tried on: small, random, in the shapes of their families."""
+
+import torch
+import transformers
+
+SIZES = dict(vocab_size=211, hidden_size=128, intermediate_size=192, num_hidden_layers=2, max_position_embeddings=64)
+# vLLM's attention on a CPU knows heads of 32.
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+ENDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, **HEADS, **ENDS, tie_word_embeddings=False),
+    "llama-tied": lambda: transformers.LlamaConfig(**SIZES, **HEADS, **ENDS, tie_word_embeddings=True),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**SIZES, **ENDS, num_attention_heads=4),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=211, n_embd=128, n_layer=2, n_head=4, n_positions=64, **ENDS
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES, **HEADS, **ENDS, query_pre_attn_scalar=32, sliding_window=32
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, **ENDS, num_attention_heads=4, num_key_value_heads=2),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES,
+        **HEADS,
+        **ENDS,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        tie_word_embeddings=False,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, **HEADS, **ENDS, num_local_experts=4),
+}
+
+
+def random_model(name: str) -> transformers.PreTrainedModel:
+    """The model of a name, with weights large enough that its greedy tokens are far apart."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    config.initializer_range = 0.2
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
