@@ -24,6 +24,14 @@ from .layers import OctavoEmbeddingMethod, OctavoLinearMethod
 from .weights import Assembling
 
 
+# Of Mixtral and its kin: transformers' names → those that vLLM's classes have kept.
+CHECKPOINT_NAMES = {
+    ".mlp.": ".block_sparse_moe.",
+    ".experts.gate_up_proj": ".experts.w13",
+    ".experts.down_proj": ".experts.w2",
+}
+
+
 class VllmOctavoConfig(QuantizationConfig):
     """vLLM's view of config.json's `quantization_config`.
 
@@ -68,7 +76,7 @@ class VllmOctavoConfig(QuantizationConfig):
         rules = get_checkpoint_conversion_mapping(getattr(hf_config, "model_type", None)) or []
         renamed = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         if any(".block_sparse_moe." in rule.source_patterns[0].replace("\\", "") for rule in renamed):
-            self.renaming = WeightsMapper(orig_to_new_substr={".mlp.": ".block_sparse_moe."})
+            self.renaming = WeightsMapper(orig_to_new_substr=CHECKPOINT_NAMES)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """vLLM asks for renamings here; ours also puts the three parts of a weight together."""
