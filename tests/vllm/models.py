@@ -3,7 +3,9 @@
 import torch
 import transformers
 
-SIZES = dict(vocab_size=211, hidden_size=128, intermediate_size=192, num_hidden_layers=2, max_position_embeddings=64)
+SIZES = dict(
+    vocab_size=211, hidden_size=128, intermediate_size=192, num_hidden_layers=2, max_position_embeddings=64
+)
 # vLLM's attention on a CPU knows heads of 32.
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 ENDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -31,9 +33,14 @@ CONFIGS = {
 }
 
 
-def random_model(name: str) -> transformers.PreTrainedModel:
-    """The model of a name, with weights large enough that its greedy tokens are far apart."""
+def random_model(name: str, **changes) -> transformers.PreTrainedModel:
+    """The model of a name, with weights large enough that its greedy tokens are far apart.
+
+    Args:
+        changes: of its configuration.
+    """
     torch.manual_seed(0)
     config = CONFIGS[name]()
-    config.initializer_range = 0.2
+    for option, value in {"initializer_range": 0.2, **changes}.items():
+        setattr(config, option, value)
     return transformers.AutoModelForCausalLM.from_config(config).eval()

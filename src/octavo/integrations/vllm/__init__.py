@@ -1,7 +1,7 @@
 """vLLM's plugin: `vllm serve DIR` serves an Octavo folder, its weights in 8 bits.
 
-vLLM calls `register` in each of its processes (entry point `vllm.general_plugins` in pyproject.toml). Its own classes of models are
-used. What happens to a checkpoint:
+vLLM calls `register` in each of its processes (entry point `vllm.general_plugins` in pyproject.toml). Its own classes of models
+are used. What happens to a checkpoint:
 
     files: P_qdata, P_absmax, P_code  → (`weights`)  one `OctavoTensor` P in vLLM's stream of weights
       → vLLM's own renaming, fusing and splitting among ranks

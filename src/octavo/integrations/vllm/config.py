@@ -23,7 +23,6 @@ from .experts import OctavoExpertsMethod
 from .layers import OctavoEmbeddingMethod, OctavoLinearMethod
 from .weights import Assembling
 
-
 # Of Mixtral and its kin: transformers' names → those that vLLM's classes have kept.
 CHECKPOINT_NAMES = {
     ".mlp.": ".block_sparse_moe.",
@@ -70,7 +69,9 @@ class VllmOctavoConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "VllmOctavoConfig":
         return cls(OctavoConfig.from_dict(config))
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
         """Octavo's files have the names of transformers' modules; where those differ from published checkpoints (Mixtral), vLLM
         has kept the names of the checkpoints."""
         rules = get_checkpoint_conversion_mapping(getattr(hf_config, "model_type", None)) or []

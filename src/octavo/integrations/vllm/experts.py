@@ -1,8 +1,8 @@
 """vLLM's mixture-of-experts layers over weights in 8 bits.
 
 The layer holds a stack for each projection, E experts of one rank: `gate` and `up` [E, I, H], `down` [E, H, I]; where the file
-holds gate and up as one matrix with one codebook they stay one, `gate_up` [E, 2 I, H]. Tokens are grouped by expert and each group is one
-product a projection.
+holds gate and up as one matrix with one codebook they stay one, `gate_up` [E, 2 I, H]. Tokens are grouped by expert, and each
+group is one product per projection.
 
 Example: `VllmOctavoConfig.get_quant_method` gives this to vLLM's experts.
 """
@@ -10,7 +10,7 @@ Example: `VllmOctavoConfig.get_quant_method` gives this to vLLM's experts.
 from typing import Any
 
 import torch
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
@@ -82,7 +82,7 @@ class OctavoExpertsMethod(FusedMoEMethodBase):
 
     def create_weights(
         self,
-        layer: Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -97,7 +97,7 @@ class OctavoExpertsMethod(FusedMoEMethodBase):
         for name, shape in shapes.items():
             layer.register_parameter(name, ExpectedExperts(shape, params_dtype, layer, f"{self.name}.{name}"))
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if not isinstance(layer.w13_weight, ExpectedExperts):
             return
         pieces = {**layer.w13_weight.pieces, **layer.w2_weight.pieces}
@@ -105,7 +105,9 @@ class OctavoExpertsMethod(FusedMoEMethodBase):
         experts = range(layer.w13_weight.shape[0])
         missing = [f"{name} of expert {e}" for name in names for e in experts if (name, e) not in pieces]
         if missing:
-            raise ValueError(f"{self.name}: the checkpoint lacks {len(missing)} weights: {', '.join(missing[:4])}, ...")
+            raise ValueError(
+                f"{self.name}: the checkpoint lacks {len(missing)} weights: {', '.join(missing[:4])}, ..."
+            )
         if not any(isinstance(piece, OctavoTensor) for piece in pieces.values()):
             self._become_float(layer, pieces, names)
             return
@@ -120,7 +122,9 @@ class OctavoExpertsMethod(FusedMoEMethodBase):
         # vLLM's LoRA layers ask it for its device.
         layer.w2_qweight = layer.down_qdata
 
-    def _become_float(self, layer: Module, pieces: dict[tuple[str, int], torch.Tensor], names: list[str]) -> None:
+    def _become_float(
+        self, layer: Any, pieces: dict[tuple[str, int], torch.Tensor], names: list[str]
+    ) -> None:
         """The file holds these experts in floats: vLLM's own method."""
         method = UnquantizedFusedMoEMethod(layer.moe_config)
         for name, projections in {"w13_weight": names[:-1], "w2_weight": names[-1:]}.items():
@@ -133,12 +137,12 @@ class OctavoExpertsMethod(FusedMoEMethodBase):
         layer._replace_quant_method(method)
         method.process_weights_after_loading(layer)
 
-    def get_fused_moe_quant_config(self, layer: Module) -> FusedMoEQuantConfig | None:
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         return FusedMoEQuantConfig.make()
 
     def apply(
         self,
-        layer: Module,
+        layer: Any,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
@@ -162,12 +166,14 @@ class OctavoExpertsMethod(FusedMoEMethodBase):
         return out.to(x.dtype)
 
 
-def _hold(layer: Module, name: str, pieces: list[torch.Tensor]) -> int:
+def _hold(layer: Any, name: str, pieces: list[torch.Tensor]) -> int:
     """Stack one projection of all experts onto the layer; its block size."""
     weights = [piece for piece in pieces if isinstance(piece, OctavoTensor)]
     sizes = {weight.block_size for weight in weights}
     if len(weights) < len(pieces) or len(sizes) > 1:
-        raise ValueError(f"{name}: some of its experts are in 8 bits and some are not, or their block sizes differ ({sizes})")
+        raise ValueError(
+            f"{name}: some of its experts are in 8 bits and some are not, or their block sizes differ ({sizes})"
+        )
     # float16 scales are exact in float32.
     scales = torch.float32 if any(w.absmax.dtype == torch.float32 for w in weights) else torch.float16
     stacks = {
@@ -180,12 +186,12 @@ def _hold(layer: Module, name: str, pieces: list[torch.Tensor]) -> int:
     return sizes.pop()
 
 
-def _times(layer: Module, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-    parts = (getattr(layer, f"{name}_{part}")[expert] for part in ("qdata", "absmax", "code"))
-    return ops.direct.linear(x, *parts, layer.block_sizes[name])
+def _times(layer: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    qdata, absmax, code = (getattr(layer, f"{name}_{part}")[expert] for part in ("qdata", "absmax", "code"))
+    return ops.direct.linear(x, qdata, absmax, code, layer.block_sizes[name])
 
 
-def _activated(layer: Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+def _activated(layer: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     """act(gate) · up, by vLLM's own function for the layer's activation."""
     names = [name for name in layer.block_sizes if name != "down"]
     hidden = torch.cat([_times(layer, name, expert, x) for name in names], dim=-1)

@@ -1,8 +1,8 @@
 """vLLM's linear layers, embeddings and output heads over weights in 8 bits.
 
-A layer of vLLM may be several matrices of a file, one above the other (q, k, v; gate, up), and each has a codebook of its own. So a
-layer holds a list of shards, in the order of its rows: plain tensors `qdata_0`, `absmax_0`, `code_0`, `qdata_1`, ..., or `float_0` where the
-file has floats. A product is one call of `ops.linear` for each shard.
+A layer of vLLM may be several matrices of a file, one above the other (q, k, v; gate, up), and each has a codebook of its own. So
+a layer holds a list of shards, in the order of its rows: plain tensors `qdata_0`, `absmax_0`, `code_0`, `qdata_1`, ..., or
+`float_0` where the file has floats. A product is one call of `ops.linear` for each shard.
 
 Example: `VllmOctavoConfig.get_quant_method` gives these to vLLM's layers.
 """
@@ -30,7 +30,8 @@ from .weights import inside_rows, own_copy, rows_as_outputs
 class Expected(BasevLLMParameter):
     """Stands for a layer's weight until it is loaded: has its shape and no memory, and keeps the shards that arrive.
 
-    The `load_...` methods are those that vLLM's second weight loader calls; they cut out this rank's part as vLLM's own parameters do.
+    The `load_...` methods are those that vLLM's second weight loader calls. They cut out this rank's part as vLLM's own
+    parameters do.
 
     Attributes:
         shards: row at which a shard begins → its weight, an `OctavoTensor` or floats.
@@ -86,8 +87,8 @@ class Expected(BasevLLMParameter):
         if row != self.shape[0]:
             found = {start: tuple(shard.shape) for start, shard in sorted(self.shards.items())}
             raise ValueError(
-                f"{self.weight_name}: expected a weight of shape {tuple(self.shape)}, found {found or 'none'} in the checkpoint. Either "
-                "the file is not complete, or this class of vLLM's loads its weights in a way of its own that Octavo's "
+                f"{self.weight_name}: expected a weight of shape {tuple(self.shape)}, found {found or 'none'} in the checkpoint. "
+                "Either the file is not complete, or this class of vLLM's loads its weights in a way of its own that Octavo's "
                 "plugin does not know"
             )
         return kept
@@ -107,7 +108,7 @@ def joined(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor | None:
     return OctavoTensor(qdata, absmax, upper.code, upper.block_size, upper.dtype)
 
 
-def hold(layer: Module, shards: list[torch.Tensor]) -> None:
+def hold(layer: Any, shards: list[torch.Tensor]) -> None:
     """Give a layer its shards, as parameters of plain tensors: what vLLM counts, moves and compiles."""
     layer.block_sizes = []
     for index, shard in enumerate(shards):
@@ -124,7 +125,7 @@ def hold(layer: Module, shards: list[torch.Tensor]) -> None:
         layer.qweight = getattr(layer, "qdata_0", None) if layer.block_sizes[0] else layer.float_0
 
 
-def product(layer: Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] times the layer's weight, plus bias → [..., N]."""
     out, row = [], 0
     for index, block_size in enumerate(layer.block_sizes):
@@ -149,7 +150,7 @@ class OctavoLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -169,7 +170,7 @@ class OctavoLinearMethod(LinearMethodBase):
             "weight", Expected(shape, params_dtype, weight_loader=load_rows, name=f"{self.name}.weight")
         )
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         expected = layer.weight if "weight" in layer._parameters else None
         if not isinstance(expected, Expected):
             return
@@ -182,7 +183,7 @@ class OctavoLinearMethod(LinearMethodBase):
             return
         hold(layer, shards)
 
-    def apply(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return product(layer, x, bias)
 
 
@@ -194,7 +195,7 @@ class OctavoEmbeddingMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -209,14 +210,16 @@ class OctavoEmbeddingMethod(QuantizeMethodBase):
             vocabulary = layer.shard_indices
             start = vocabulary.org_vocab_start_index
             if loaded_weight.shape[0] != layer.org_vocab_size:
-                raise ValueError(f"{name}: expected {layer.org_vocab_size} rows, found {loaded_weight.shape[0]}")
+                raise ValueError(
+                    f"{name}: expected {layer.org_vocab_size} rows, found {loaded_weight.shape[0]}"
+                )
             own = loaded_weight.narrow(0, start, vocabulary.org_vocab_end_index - start)
             parameter.keep(_filled_up(own, rows))
 
         shape = (rows, input_size_per_partition)
         layer.register_parameter("weight", Expected(shape, params_dtype, weight_loader=load, name=name))
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         expected = layer.weight if "weight" in layer._parameters else None
         if not isinstance(expected, Expected):
             return
@@ -229,14 +232,14 @@ class OctavoEmbeddingMethod(QuantizeMethodBase):
             return
         hold(layer, shards)
 
-    def apply(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return product(layer, x, bias)
 
-    def embedding(self, layer: Module, input_: torch.Tensor) -> torch.Tensor:
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         parts = (layer.qdata_0, layer.absmax_0, layer.code_0)
         return ops.embedding(input_, *parts, layer.block_sizes[0], layer.params_dtype)
 
-    def tie_weights(self, layer: Module, embed_tokens: Module) -> Module:
+    def tie_weights(self, layer: Any, embed_tokens: Module) -> Module:
         """The embedding is the head: one set of tensors, whatever they turn out to be."""
         return embed_tokens
 

@@ -42,7 +42,9 @@ def assemble(
         if len(parts) == len(SUFFIXES):
             yield plain, _weight(plain, waiting.pop(plain), config)
     if waiting:
-        missing = [f"{name}_{part}" for name, parts in waiting.items() for part in SUFFIXES if part not in parts]
+        missing = [
+            f"{name}_{part}" for name, parts in waiting.items() for part in SUFFIXES if part not in parts
+        ]
         raise ValueError(f"the checkpoint is not complete: it lacks {', '.join(missing[:6])}")
 
 
@@ -59,7 +61,7 @@ def _weight(name: str, parts: dict[str, torch.Tensor], config: OctavoConfig) -> 
 class Assembling(WeightsMapper):
     """A mapper of vLLM's that first puts weights together, so that all names it maps are plain ones.
 
-    vLLM combines the mappers of the model and of the quantization method by `|`; whatever is combined with this one assembles too.
+    vLLM combines the mappers of the model and of the quantization method by `|`. Whatever is combined with this one assembles.
     """
 
     def __init__(self, config: OctavoConfig, renaming: WeightsMapper | None = None):
@@ -115,8 +117,8 @@ def own_copy(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> 
     """A weight that shares no memory with the file it was read from; floats in `dtype`."""
     if not isinstance(weight, OctavoTensor):
         return torch.empty(weight.shape, dtype=dtype, device=device).copy_(weight)
-    parts = [
+    qdata, absmax, code = (
         torch.empty(part.shape, dtype=part.dtype, device=device).copy_(part)
         for part in (weight.qdata, weight.absmax, weight.code)
-    ]
-    return OctavoTensor(*parts, weight.block_size, dtype)
+    )
+    return OctavoTensor(qdata, absmax, code, weight.block_size, dtype)
