@@ -3,8 +3,7 @@
     python answer.py '{"model": DIR, "prompts": [[1, 2]], "tokens": 8, "options": {...}, "adapter": DIR or null}'
 
 Gives for each prompt the new tokens, the log-probability of every token after the first (with an adapter: of the new ones), and
-the shapes of the matrices that
-the model holds, by type.
+the names of the matrices that the model holds, by type.
 """
 
 import json

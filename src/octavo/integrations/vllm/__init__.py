@@ -13,13 +13,11 @@ Example:
     >>> register()                                      # doctest: +SKIP
 """
 
-NAME = "octavo"
-
 
 def register() -> None:
     """Make quant_method "octavo" known to vLLM. Calling it again is harmless."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from .config import VllmOctavoConfig
+    from .config import NAME, VllmOctavoConfig
 
     register_quantization_config(NAME)(VllmOctavoConfig)

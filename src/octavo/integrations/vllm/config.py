@@ -18,11 +18,11 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from ...config import OctavoConfig
 from ...ops.schema import COMPUTING_TYPES
-from . import NAME
 from .experts import OctavoExpertsMethod
 from .layers import OctavoEmbeddingMethod, OctavoLinearMethod
 from .weights import Assembling
 
+NAME = "octavo"
 # Of Mixtral and its kin: transformers' names → those that vLLM's classes have kept.
 CHECKPOINT_NAMES = {
     ".mlp.": ".block_sparse_moe.",
