@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The native kernels are rebuilt when their sources change.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-all test-gpu test-vllm check format install clean
+.PHONY: help demo test test-all test-gpu test-vllm test-oldest check format install clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -67,6 +67,17 @@ $(VLLM)/.installed: $(SOURCES) constraints-vllm.txt scripts/vllm_requirements.py
 
 test-vllm: $(VLLM)/.installed  ## the tests that need vLLM, in an environment of their own (a download of 1 GB)
 	OCTAVO_REQUIRE_VLLM=1 $(VLLM)/bin/python -m pytest -q tests/vllm
+
+# An environment of its own: build/oldest.
+OLDEST := build/oldest
+$(OLDEST)/.installed: constraints-oldest.txt $(SOURCES)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --upgrade pip
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt torch -e '.[train,dev]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed  ## the tests on the oldest versions that pyproject.toml allows, in build/oldest
+	$(OLDEST)/bin/python -m pytest -q -m 'not slow and not gpu'
 
 check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -8,8 +8,8 @@
 
 Example:
     >>> import octavo
-    >>> model = octavo.load("mrm8488/bertin-gpt-j-6B-ES-8bit")           # doctest: +SKIP
-    >>> tokenizer = octavo.load_tokenizer("mrm8488/bertin-gpt-j-6B-ES-8bit")  # doctest: +SKIP
+    >>> model = octavo.load("model")                 # or "mrm8488/bertin-gpt-j-6B-ES-8bit"
+    >>> tokenizer = octavo.load_tokenizer("model")
 """
 
 from pathlib import Path

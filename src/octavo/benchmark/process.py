@@ -8,9 +8,8 @@ Its first line is {"result": null} once the engine is ready. An error is {"error
 
 Example:
     >>> from octavo.benchmark.process import Worker
-    >>> with Worker("octavo.benchmark.models:Quantized", threads=2, source="my-model") as worker:  # doctest: +SKIP
-    ...     worker.ask("decode", tokens=8)
-    0.21
+    >>> with Worker("octavo.benchmark.models:Quantized", threads=1, source="model", device="cpu") as worker:
+    ...     seconds = worker.ask("decode", tokens=8)
 """
 
 import contextlib

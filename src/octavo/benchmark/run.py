@@ -2,9 +2,9 @@
 
 Example:
     >>> from octavo.benchmark.run import Options, measure
-    >>> found = measure(Options(kernels_only=True, quick=True))  # doctest: +SKIP
-    >>> found["kernels"][0]["share"]["median"]                   # doctest: +SKIP
-    0.93
+    >>> found = measure(Options(kernels_only=True, quick=True))
+    >>> found["kernels"][0]["share"]["median"] > 0     # of the bandwidth of a pure reading loop
+    True
 """
 
 from collections.abc import Callable

@@ -2,9 +2,10 @@
 
 Example:
     >>> from octavo.benchmark.turns import take_turns
-    >>> found = take_turns({"octavo": a, "peer": b}, "decode", 32, rounds=5)  # doctest: +SKIP
-    >>> found["octavo"]                                                       # doctest: +SKIP   (tokens a second)
-    [36.1, 35.9, 36.0, 36.2, 35.8]
+    >>> with Worker("octavo.benchmark.models:Quantized", threads=1, source="model", device="cpu") as worker:
+    ...     found = take_turns({"octavo": worker}, "decode", 8, rounds=2)
+    >>> len(found["octavo"])           # tokens per second, by round
+    2
 """
 
 import time

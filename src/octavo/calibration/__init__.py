@@ -9,7 +9,7 @@ The files are of the same format, read by the same kernels. docs/CALIBRATION.md 
 Example:
     >>> from octavo.calibration import Calibration
     >>> from octavo.checkpoint import convert
-    >>> convert("path/to/model", "model-8bit", calibration=Calibration(["book.txt"]))  # doctest: +SKIP
+    >>> result = convert("model", "calibrated", calibration=Calibration(["book.txt"], tokens=2048))
 """
 
 from .run import Calibration

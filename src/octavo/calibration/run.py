@@ -5,8 +5,9 @@ bits. Sums that together do not fit the memory are made in several runs of the m
 the conversion writes. What is not reached (see `left_out`) is quantized plainly.
 
 Example:
-    >>> calibration = Calibration(["book.txt"], tokens=16384)             # doctest: +SKIP
-    >>> convert("path/to/model", "model-8bit", calibration=calibration)   # doctest: +SKIP
+    >>> from octavo.checkpoint import convert
+    >>> calibration = Calibration(["book.txt"], tokens=2048)
+    >>> result = convert("model", "calibrated", calibration=calibration)
 """
 
 import hashlib

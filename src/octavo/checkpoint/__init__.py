@@ -6,7 +6,7 @@ holding more than about one tensor.
 Example:
     >>> from octavo import OctavoConfig
     >>> from octavo.checkpoint import convert, open_source
-    >>> result = convert(open_source("path/to/model"), "model-8bit", OctavoConfig())  # doctest: +SKIP
+    >>> result = convert(open_source("model"), "converted", OctavoConfig())
 """
 
 from importlib import import_module as _import_module

@@ -6,7 +6,9 @@ two `lora_A` [r, in] and `lora_B` [out, r], for embeddings `lora_embedding_A` [r
 
 Example:
     >>> from octavo.checkpoint.adapters import save_peft_adapter
-    >>> save_peft_adapter(source.adapters, Path("out/adapter"), base="out")  # doctest: +SKIP
+    >>> adapters = {"transformer.h.0.attn.q_proj": (torch.randn(4, 256), torch.zeros(256, 4))}
+    >>> Path("adapter").mkdir()
+    >>> save_peft_adapter(adapters, Path("adapter"), base="model")
 """
 
 import json

@@ -8,8 +8,8 @@ asked for.
 Example:
     >>> from octavo.checkpoint import open_source
     >>> from octavo.checkpoint.build import build_model
-    >>> with open_source("hivemind/gpt-j-6B-8bit") as source:  # doctest: +SKIP
-    ...     model = build_model(source, OctavoConfig(), torch.float16, "cuda")
+    >>> with open_source("published") as source:
+    ...     model = build_model(source, octavo.OctavoConfig(), torch.float32, "cpu")
 """
 
 import threading

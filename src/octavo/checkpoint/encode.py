@@ -5,9 +5,16 @@ only cut up so that one expert at a time is in memory.
 
 Example:
     >>> from octavo.checkpoint.encode import write_unit
-    >>> rows = write_unit(unit, shard, source, model)  # doctest: +SKIP
-    >>> rows[0].name, rows[0].error / rows[0].power  # doctest: +SKIP
-    ('lm_head.weight', 2.8e-05)
+    >>> from octavo.checkpoint.shards import ShardFile, header_room
+    >>> from octavo.checkpoint.skeleton import build_skeleton
+    >>> from octavo.checkpoint.units import plan_units
+    >>> from octavo.model import plan_model
+    >>> skeleton, config = build_skeleton(source.model_config()), octavo.OctavoConfig()
+    >>> unit = plan_units(skeleton, source, config, plan_model(skeleton, config))[0][1]
+    >>> shard = ShardFile(Path("model.safetensors"), header_room(unit.outputs[0].pieces(torch.float32)))
+    >>> row = write_unit(unit, shard, source, skeleton)[0]
+    >>> row.name, f"{row.error / row.power:.1e}"
+    ('lm_head.weight', '2.6e-05')
 """
 
 import math

@@ -2,7 +2,9 @@
 
 Example:
     >>> from octavo.checkpoint.errors import CheckpointError
-    >>> raise CheckpointError("model.safetensors is truncated: ...")  # doctest: +SKIP
+    >>> raise CheckpointError("model.safetensors is truncated: ...")
+    Traceback (most recent call last):
+    octavo.checkpoint.errors.CheckpointError: model.safetensors is truncated: ...
 """
 
 

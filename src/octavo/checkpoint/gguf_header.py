@@ -10,7 +10,7 @@ the file. Here arrays of strings are stepped over, and every length is checked a
 
 Example:
     >>> from octavo.checkpoint.gguf_header import read_gguf_header
-    >>> read_gguf_header(Path("model.gguf")).metadata["general.architecture"]  # doctest: +SKIP
+    >>> read_gguf_header(Path("model.gguf")).metadata["general.architecture"]
     'llama'
 """
 

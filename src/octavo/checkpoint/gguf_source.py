@@ -7,8 +7,8 @@ tensor processors otherwise.
 
 Example:
     >>> from octavo.checkpoint import open_source
-    >>> source = open_source("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
-    >>> source.read("model.layers.0.self_attn.q_proj.weight").dtype  # doctest: +SKIP
+    >>> source = open_source("model.gguf")
+    >>> source.read("model.layers.0.self_attn.q_proj.weight").dtype
     torch.float32
 """
 

@@ -5,8 +5,10 @@
 
 Example:
     >>> from octavo.checkpoint.index import read_index
-    >>> read_index(Path("model/model.safetensors.index.json"))["lm_head.weight"]  # doctest: +SKIP
-    'model-00002-of-00002.safetensors'
+    >>> index = Path("model.safetensors.index.json")
+    >>> _ = index.write_text('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}')
+    >>> read_index(index)
+    {'lm_head.weight': 'model-00002-of-00002.safetensors'}
 """
 
 import json

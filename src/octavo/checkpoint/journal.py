@@ -10,7 +10,10 @@ journal says can be relied on after a crash, and a last line cut in half is igno
 
 Example:
     >>> from octavo.checkpoint.journal import Journal
-    >>> journal = Journal.open(Path("out.partial"), head)  # doctest: +SKIP
+    >>> head = {"source": "model", "options": {}, "plan": []}
+    >>> Journal.create(Path("out.partial"), head).close()
+    >>> Journal.resume(Path("out.partial"), head).units
+    {}
 """
 
 import json

@@ -2,8 +2,8 @@
 
 Example:
     >>> from octavo.checkpoint.locate import locate
-    >>> locate("path/to/model").files  # doctest: +SKIP
-    [PosixPath('path/to/model/model.safetensors')]
+    >>> locate("model").files
+    [PosixPath('model/model.safetensors')]
 """
 
 import json

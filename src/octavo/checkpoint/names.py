@@ -7,8 +7,10 @@ group by group.
 
 Example:
     >>> from octavo.checkpoint.names import map_names
-    >>> names = map_names(model, source)  # doctest: +SKIP
-    >>> names.groups[0].outputs, names.unexpected  # doctest: +SKIP
+    >>> from octavo.checkpoint.skeleton import build_skeleton
+    >>> names = map_names(build_skeleton(source.model_config()), source)
+    >>> names.groups[0].outputs, names.unexpected
+    ({'lm_head.bias': (4096,)}, [])
 """
 
 import re

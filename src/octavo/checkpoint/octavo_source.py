@@ -4,7 +4,7 @@ Rows are outputs: what a model holds transposed (`Conv1D`) is listed and read as
 
 Example:
     >>> from octavo.checkpoint import open_source
-    >>> with open_source("model-8bit") as source:  # doctest: +SKIP
+    >>> with open_source("model-8bit") as source:
     ...     source.read_packed("lm_head.weight").block_size
     64
 """

@@ -10,7 +10,7 @@
 
 Example:
     >>> from octavo.checkpoint import open_source
-    >>> open_source("hivemind/gpt-j-6B-8bit").kind  # doctest: +SKIP
+    >>> open_source("published").kind              # or "hivemind/gpt-j-6B-8bit"
     'published'
 """
 

@@ -10,10 +10,10 @@ Many of these have no 16-bit original. A value is what the method's own code com
                          them exactly. GPT-OSS keeps [experts, out, in] in the file, [experts, in, out] in the model.
 
 Example:
-    >>> from octavo.checkpoint import open_source
-    >>> source = open_source("deepseek-ai/DeepSeek-V3")  # doctest: +SKIP
-    >>> source.read("model.layers.0.mlp.up_proj.weight").dtype  # doctest: +SKIP
-    torch.float32
+    >>> from octavo.checkpoint.packed_source import scaled
+    >>> scaled(torch.ones(2, 4, dtype=torch.int8), torch.tensor([[1.0, 2.0]]), grid=[2, 2])
+    tensor([[1., 1., 2., 2.],
+            [1., 1., 2., 2.]])
 """
 
 from copy import deepcopy

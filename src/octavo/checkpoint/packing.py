@@ -13,8 +13,8 @@ Anything else is one error that names the method.
 
 Example:
     >>> from octavo.checkpoint.packing import find_packed
-    >>> find_packed(source)  # doctest: +SKIP
-    {'model.layers.0.mlp.up_proj.weight': PackedWeight('FP8', ...)}
+    >>> find_packed(source)            # of an FP8 model: {'model.layers.0.mlp.up_proj.weight': PackedWeight('FP8', ...)}
+    {}
 """
 
 import json

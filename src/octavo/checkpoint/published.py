@@ -14,8 +14,9 @@ not, and hold exactly the same weights.
 
 Example:
     >>> from octavo.checkpoint import open_source
-    >>> source = open_source("mrm8488/bertin-gpt-j-6B-ES-8bit")  # doctest: +SKIP
-    >>> packed = source.read_packed("transformer.h.0.mlp.fc_in.weight")  # doctest: +SKIP
+    >>> source = open_source("published")          # or "mrm8488/bertin-gpt-j-6B-ES-8bit"
+    >>> source.read_packed("transformer.h.0.mlp.fc_in.weight").block_size      # gcd(4096, 64)
+    64
 """
 
 import math

@@ -5,9 +5,9 @@ Works from headers; data is read only where errors are asked for, one parameter 
 
 Example:
     >>> from octavo.checkpoint.report import report
-    >>> found = report("model-8bit", against="path/to/model")  # doctest: +SKIP
-    >>> found.bits_per_weight, found.error, found.coverage  # doctest: +SKIP
-    (8.25, 2.8e-05, 1.0)
+    >>> found = report("model-8bit", against="model")
+    >>> f"{found.bits_per_weight:.2f} bits, error {found.error:.1e}, of {found.coverage:.0%} of all weights"
+    '8.30 bits, error 2.7e-05, of 100% of all weights'
 """
 
 import math

@@ -4,11 +4,13 @@ A unit is what is read, quantized and written at once: usually one parameter. It
 model; a quantized one `P` becomes `P_qdata`, `P_absmax`, `P_code`.
 
 Example:
+    >>> from octavo.checkpoint.skeleton import build_skeleton
     >>> from octavo.checkpoint.units import plan_units
-    >>> units = plan_units(model, source, config, plan)  # doctest: +SKIP
-    >>> units[0].outputs[0].pieces(torch.float16)  # doctest: +SKIP
-    [('lm_head.weight_code', torch.float32, (256,)), ('lm_head.weight_absmax', ...), ('lm_head.weight_qdata',
-    ...)]
+    >>> from octavo.model import plan_model
+    >>> skeleton, config = build_skeleton(source.model_config()), octavo.OctavoConfig()
+    >>> units, unexpected = plan_units(skeleton, source, config, plan_model(skeleton, config))
+    >>> units[1].outputs[0].pieces(torch.float16)
+    [('lm_head.weight_code', torch.float32, (256,)), ('lm_head.weight_absmax', ...), ('lm_head.weight_qdata', ...)]
 """
 
 import math

@@ -8,9 +8,10 @@ The same work, started again after a crash, a full disk or Ctrl-C, goes on after
 bytes. Converting (`stream.py`) and merging (`octavo.training.merge`) both write through this.
 
 Example:
-    >>> writer = CheckpointWriter(source, model, units, place, config, options)  # doctest: +SKIP
-    >>> writer.run().rows[0].name                                              # doctest: +SKIP
-    'model.embed_tokens.weight'
+    >>> from octavo.checkpoint import convert
+    >>> result = convert("model", "converted")
+    >>> sorted(path.name for path in Path("converted").iterdir())
+    ['README.md', 'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', ...]
 """
 
 import errno

@@ -1,7 +1,8 @@
 """What can be wrong with a command's files and names, told before torch and transformers are imported, which takes seconds.
 
 Example:
-    >>> check_model("no/such/model")  # doctest: +SKIP
+    >>> check_model("no/such/model")
+    Traceback (most recent call last):
     octavo.checkpoint.errors.CheckpointError: no/such/model: no such file or folder, ...
 """
 

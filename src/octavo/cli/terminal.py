@@ -5,7 +5,7 @@ What a user named (a path, a model, a text) is printed as it is: rich would take
 
 Example:
     >>> out = terminal()
-    >>> say(out, ("Ready.", "bold"), " The model is in ", "models/a[b]")  # doctest: +SKIP
+    >>> say(out, ("Ready.", "bold"), " The model is in ", "models/a[b]")
     Ready. The model is in models/a[b]
 """
 

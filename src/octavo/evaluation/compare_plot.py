@@ -4,8 +4,9 @@ Above, the mean KL divergence from the float model on a log axis; below, the cha
 format of many more bits than the others (bfloat16) is a line across: drawn to scale it would squeeze the others together.
 
 Example:
-    >>> draw(found.to_dict(), Path("compare.png"))                          # doctest: +SKIP
-    >>> draw(json.loads(Path("compare.json").read_text()), Path("again.png"))  # doctest: +SKIP
+    >>> from octavo.evaluation.compare import compare
+    >>> found = compare("model", ["book.txt"], formats=["fitted-64", "int8-row"])
+    >>> draw(found.to_dict(), Path("compare.png"))
 """
 
 import os

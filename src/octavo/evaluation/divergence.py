@@ -1,9 +1,9 @@
 """How far a model's predictions are from another's: Kullback-Leibler divergence over a text.
 
 Example:
-    >>> result = divergence(model, base, ids, window=512)  # doctest: +SKIP
-    >>> result.kl_mean, result.top1_agreement              # doctest: +SKIP
-    (0.0015, 0.981)
+    >>> result = divergence(model, base, ids, window=256)
+    >>> result.kl_mean < 0.01, result.top1_agreement > 0.9
+    (True, True)
 """
 
 from dataclasses import dataclass

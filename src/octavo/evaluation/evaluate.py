@@ -4,9 +4,9 @@
 
 Example:
     >>> from octavo.evaluation.evaluate import evaluate
-    >>> found = evaluate("model-8bit", ["book.txt"], against="model")       # doctest: +SKIP
-    >>> found.perplexity, found.comparison.p_value, found.comparison.kl_mean  # doctest: +SKIP
-    (31.07, 0.43, 0.0016)
+    >>> found = evaluate("model-8bit", ["book.txt"], against="model")
+    >>> round(found.perplexity), found.comparison.kl_mean < 0.01
+    (21, True)
 
 `measure` scores one loaded model; `evaluate` does the loading, the file and the statistics around it.
 """

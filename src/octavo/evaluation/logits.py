@@ -17,11 +17,14 @@ A safetensors file, written row by row:
     about       uint8                           JSON: what was measured, and how (`About`)
 
 Example:
-    >>> with LogitsWriter("base.logits", model, About.of("base", model, tokens, 512, 256)) as writer:  # doctest: +SKIP
+    >>> from octavo.evaluation.scoring import scored, token_nll
+    >>> from octavo.evaluation.texts import read_texts, tokenize
+    >>> tokens = tokenize(read_texts(["book.txt"]), tokenizer)
+    >>> with LogitsWriter("base.logits", model, About.of("base", model, tokens, 512, 256)) as writer:
     ...     for part in scored(model, tokens[0].ids, 512, 256, states=True):
     ...         writer.add(part, token_nll(part.logits, tokens[0].ids[part.first : part.stop]))
-    >>> LogitsReader("base.logits").rows(0, 10).shape                                                  # doctest: +SKIP
-    torch.Size([10, 50400])
+    >>> LogitsReader("base.logits").rows(0, 10).shape
+    torch.Size([10, 4096])
 """
 
 import json

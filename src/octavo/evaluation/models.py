@@ -8,7 +8,9 @@
     a GGUF file                                       de-quantized to float by transformers, not quantized again
 
 Example:
-    >>> model = load_as_it_is("some/model")  # doctest: +SKIP
+    >>> model = load_as_it_is("model")
+    >>> round(stored_bits("model-8bit"), 2)
+    8.3
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """The report's plots, as PNG files.
 
 Example:
-    >>> points = [Point("fitted/64", 8.25, 20.51, 20.49, 20.53)]                  # doctest: +SKIP
-    >>> plot_perplexity(points, "perplexity.png", base=("my-model", 20.50))       # doctest: +SKIP
+    >>> points = [Point("fitted/64", 8.25, 20.51, 20.49, 20.53)]
+    >>> plot_perplexity(points, "perplexity.png", base=("my-model", 20.50))
 """
 
 import textwrap

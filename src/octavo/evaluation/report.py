@@ -6,8 +6,9 @@
     DIR/error-by-layer.png, error-by-tensor.png, codebooks.png        of a quantized model, with a base
 
 Example:
-    >>> found = evaluate("model-8bit", ["book.txt"], against="model")  # doctest: +SKIP
-    >>> write_report(found, "report", against="model")                 # doctest: +SKIP
+    >>> from octavo.evaluation.evaluate import evaluate
+    >>> found = evaluate("model-8bit", ["book.txt"], against="model")
+    >>> write_report(found, "report", against="model")
     [PosixPath('report/perplexity.png'), ...]
 """
 

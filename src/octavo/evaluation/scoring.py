@@ -6,7 +6,8 @@ only its last tokens, those that no window before it has scored, so that every t
 fixed-length models". No window is padded.
 
 Example:
-    >>> for part in scored(model, ids, window=512, stride=256):          # doctest: +SKIP
+    >>> total = 0.0
+    >>> for part in scored(model, ids, window=256, stride=128):
     ...     total += token_nll(part.logits, ids[part.first : part.stop]).sum()
 """
 

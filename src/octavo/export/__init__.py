@@ -2,8 +2,8 @@
 
 Example:
     >>> from octavo.export import export_gguf
-    >>> export_gguf("model-8bit", "model.gguf", "q8_0").nbytes  # doctest: +SKIP
-    144811008
+    >>> export_gguf("model-8bit", "demo.gguf", "q8_0").nbytes
+    7447360
 """
 
 from .gguf_file import ExportResult, export_gguf

@@ -5,10 +5,12 @@ only where it is asked for, so memory holds some rows, not a matrix. Low-rank ad
 checkpoints are added to their weights.
 
 Example:
-    >>> with open_source("model-8bit") as source:  # doctest: +SKIP
+    >>> from octavo.checkpoint import open_source
+    >>> from octavo.checkpoint.skeleton import build_skeleton
+    >>> with open_source("model-8bit") as source:
     ...     parameters = Parameters(source, build_skeleton(source.model_config()))
     ...     parameters.rows("lm_head.weight", torch.arange(4)).shape
-    torch.Size([4, 576])
+    torch.Size([4, 256])
 """
 
 from typing import Any

@@ -6,8 +6,10 @@ score of what they become). Whether a text gets tokens before and after it is ta
 from how it is described.
 
 Example:
-    >>> add_vocabulary(writer, octavo.load_tokenizer("model-8bit"), config, rows=49152)  # doctest: +SKIP
-    Vocabulary(kind='gpt2', pre='smollm', tokens=49152)
+    >>> import gguf
+    >>> writer = gguf.GGUFWriter("demo.gguf", "gptj")
+    >>> add_vocabulary(writer, octavo.load_tokenizer("model-8bit"), model.config.to_dict(), rows=4096)
+    Vocabulary(kind='gpt2', pre='gpt-2', tokens=4096)
 """
 
 import json

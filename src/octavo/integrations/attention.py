@@ -11,9 +11,9 @@ Measured on two cores of a Zen 4, bfloat16, 32 heads on 8, size 64, µs a layer,
 
 Example:
     >>> import octavo
-    >>> model = octavo.load("my-model-8bit")  # doctest: +SKIP
-    >>> model.config._attn_implementation     # doctest: +SKIP   (a Llama, say, on a CPU; "sdpa" on a GPU)
-    'octavo_sdpa'
+    >>> model = octavo.load("model-8bit")
+    >>> model.config._attn_implementation     # "octavo_sdpa" for models with fewer heads for keys than for queries, on CPUs
+    'eager'
 
 `octavo.load` asks for it; a model from `from_pretrained` keeps transformers' own, which its continuous batching insists on, until
 `use_grouped_attention(model)`.

@@ -5,8 +5,8 @@ hold those weights it makes a wrong model.
 
 Example:
     >>> from octavo.integrations.completeness import is_missing
-    >>> is_missing(model, "score.weight", ["causal/model.safetensors"])  # doctest: +SKIP
-    False
+    >>> is_missing(model, "lm_head.weight", ["model/model.safetensors"])
+    True
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,11 @@ embedding and head beside an adapter that targets them. Those are frozen and hav
 `keep_frozen_out_of_adapters` leaves them out.
 
 Example:
-    >>> add_published_adapters(model, {"transformer.h.0.attn.q_proj": (down, up)})  # doctest: +SKIP
+    >>> model = octavo.load("model-8bit")
+    >>> down, up = torch.randn(4, 256), torch.zeros(256, 4)
+    >>> add_published_adapters(model, {"transformer.h.0.attn.q_proj": (down, up)})
+    >>> model.active_adapters()
+    ['published']
 """
 
 import warnings

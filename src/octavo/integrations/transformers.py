@@ -6,8 +6,8 @@ transformers calls the `HfQuantizer` below. A quantized parameter `P` is three t
 Example:
     >>> import octavo
     >>> from transformers import AutoModelForCausalLM
-    >>> model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=octavo.OctavoConfig())  # doctest: +SKIP
-    >>> model.save_pretrained("model-8bit")                                                               # doctest: +SKIP
+    >>> model = AutoModelForCausalLM.from_pretrained("model", quantization_config=octavo.OctavoConfig())
+    >>> model.save_pretrained("saved")
 """
 
 import re

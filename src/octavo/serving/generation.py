@@ -1,9 +1,9 @@
 """Text from a prompt, handed on piece by piece, with its speed measured.
 
 Example:
-    >>> result = stream(model, tokenizer, "El sentido de la vida es", write=print)  # doctest: +SKIP
-    >>> result.tokens_per_second                                                    # doctest: +SKIP
-    41.5
+    >>> result = stream(model, tokenizer, "El sentido de la vida es", write=lambda text: None)
+    >>> result.tokens_per_second > 0
+    True
 """
 
 import time

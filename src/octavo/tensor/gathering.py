@@ -5,10 +5,14 @@ experts with their codebooks. Before a layer runs, its shards are gathered as by
 only inside the kernels.
 
 Example:
+    >>> import torch.distributed as dist
     >>> from torch.distributed.fsdp import fully_shard
-    >>> for layer in model.model.layers:  # doctest: +SKIP
-    ...     fully_shard(layer)
-    >>> fully_shard(model)                # doctest: +SKIP
+    >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())     # torchrun does this
+    >>> model = octavo.load("model-8bit", device="cpu")
+    >>> for layer in model.transformer.h:
+    ...     _ = fully_shard(layer)
+    >>> _ = fully_shard(model)
+    >>> dist.destroy_process_group()
 """
 
 import sys

@@ -5,7 +5,7 @@ files), `prompts` (how an adapter wants to be asked), `loss` (cross-entropy in c
 `folder`, `card` and `report` (what lands in its folder).
 
 Example:
-    >>> from octavo.training import prepare_for_training, GradientGuard  # doctest: +SKIP
+    >>> from octavo.training import prepare_for_training, GradientGuard
 """
 
 from importlib import import_module as _import_module

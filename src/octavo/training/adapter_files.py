@@ -1,9 +1,10 @@
 """A LoRA adapter folder as PEFT writes it: what it adds to which weight, without a model.
 
 Example:
-    >>> adapter = Adapter("poems")                              # doctest: +SKIP
-    >>> adapter.delta("model.layers.0.self_attn.q_proj").shape  # doctest: +SKIP
-    torch.Size([2048, 2048])
+    >>> adapter = Adapter("poems")
+    >>> name = "transformer.h.0.attn.q_proj.weight"
+    >>> adapter.delta(name).shape, len(adapter.sides)
+    (torch.Size([256, 256]), 6)
 """
 
 import json

@@ -1,7 +1,8 @@
 """Which layers get adapters, and putting them on.
 
 Example:
-    >>> add_adapters(model, Recipe(lora_targets="all"))  # doctest: +SKIP
+    >>> from octavo.training.recipe import Recipe
+    >>> wrapped = add_adapters(octavo.prepare_for_training(octavo.load("model-8bit")), Recipe(lora_targets="all"))
 """
 
 from typing import Any

@@ -1,7 +1,9 @@
 """An adapter's README.md: what it was made from, with which settings, how far it came, and how to use it.
 
 Example:
-    >>> write_card("poems", Origin("some/model", ["poems.txt"]), Recipe(), history)  # doctest: +SKIP
+    >>> from octavo.training.recipe import Recipe
+    >>> Path("tuned").mkdir()
+    >>> write_card("tuned", Origin("some/model", ["poems.txt"]), Recipe(), [])
 """
 
 import shlex

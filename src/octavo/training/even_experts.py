@@ -5,8 +5,11 @@ each token goes to `top_k` of them, so that their inputs and outputs have `token
 This is transformers' own "grouped_mm" with groups of equal size.
 
 Example:
-    >>> use_even(config)                      # doctest: +SKIP
-    >>> model = build_skeleton(config)        # doctest: +SKIP
+    >>> from octavo.checkpoint.skeleton import build_skeleton
+    >>> from transformers import MixtralConfig
+    >>> config = MixtralConfig(num_hidden_layers=1)
+    >>> use_even(config)
+    >>> skeleton = build_skeleton(config)
 """
 
 from typing import Any

@@ -1,7 +1,9 @@
 """The folder of a run: what is in it already, whether it can be written, and what is said when it cannot. No torch here.
 
 Example:
-    >>> refuse_to_overwrite("poems")  # doctest: +SKIP
+    >>> refuse_to_overwrite("poems")
+    Traceback (most recent call last):
+    ValueError: ...
 """
 
 import errno

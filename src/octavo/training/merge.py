@@ -7,9 +7,9 @@ in 16 bits; with a journal, aside, and renamed when it is whole. Memory holds a 
 Weights that config.json ties, of which the adapter changes one, are untied on purpose: the copy's config.json says so.
 
 Example:
-    >>> result = merge("model-8bit", "poems", "poems-merged")  # doctest: +SKIP
-    >>> result.added_error                                      # doctest: +SKIP
-    2.9e-05
+    >>> result = merge("model-8bit", "poems", "poems-merged")
+    >>> result.added_error < 1e-4
+    True
 """
 
 import hashlib

@@ -7,8 +7,8 @@ callback for `transformers.Trainer` and TRL's `SFTTrainer`.
 Example:
     >>> import octavo
     >>> from peft import LoraConfig, get_peft_model
-    >>> model = octavo.prepare_for_training(octavo.load("some/model"))                  # doctest: +SKIP
-    >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))           # doctest: +SKIP
+    >>> model = octavo.prepare_for_training(octavo.load("model-8bit"))
+    >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
 """
 
 import math
@@ -156,7 +156,10 @@ class GradientGuard(TrainerCallback):
     """Stops a run before its first step, saying why, if its trainable parameters receive no gradient.
 
     Example:
-        >>> trainer = Trainer(model=model, callbacks=[octavo.training.GradientGuard()])  # doctest: +SKIP
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import Trainer
+        >>> adapted = get_peft_model(octavo.load("model-8bit"), LoraConfig(target_modules="all-linear"))
+        >>> trainer = Trainer(model=adapted, callbacks=[octavo.training.GradientGuard()])
     """
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

@@ -10,9 +10,8 @@ the other way answers as if it had learned nothing. So `octavo finetune` writes 
 a server.
 
 Example:
-    >>> trained = read_prompts("poems")                         # doctest: +SKIP
-    >>> encode(tokenizer, "2 + 2 =", trained=trained).inputs    # doctest: +SKIP
-    {'input_ids': tensor([[17, 11, 17, 28]]), 'attention_mask': ...}
+    >>> encode(tokenizer, "2 + 2 =").inputs
+    {'input_ids': tensor([[...]]), 'attention_mask': ...}
 """
 
 import json

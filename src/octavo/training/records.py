@@ -10,8 +10,8 @@ Files are in UTF-8 or UTF-16 (`octavo.text_files`). Nothing here needs torch: a 
 
 Example:
     >>> from octavo.training.records import read_records
-    >>> read_records(["poems.txt"])  # doctest: +SKIP
-    [{'text': '...'}]
+    >>> read_records(["poems.txt"])
+    [{'text': 'Verde que te quiero verde.', 'packed': True}]
 """
 
 import csv

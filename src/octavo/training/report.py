@@ -1,8 +1,16 @@
 """What a run shows: one example before it starts, the loss curve and the table when it ends.
 
 Example:
-    >>> write_curve(outcome.history, "out/loss.png")   # doctest: +SKIP
-    >>> print_table(outcome.history)                   # doctest: +SKIP
+    >>> from rich.console import Console
+    >>> history = [{"loss": 3.0, "step": 1}, {"loss": 2.5, "step": 2}, {"eval_loss": 2.4, "step": 2}]
+    >>> write_curve(history, "loss.png")
+    True
+    >>> print_table(history, Console(width=60))
+    ┏━━━━━━┳━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━┓
+    ┃ step ┃ training loss ┃ validation loss ┃ perplexity ┃
+    ┡━━━━━━╇━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━┩
+    │    2 │         2.750 │           2.400 │      11.02 │
+    └──────┴───────────────┴─────────────────┴────────────┘
 """
 
 import json

@@ -9,9 +9,11 @@ Everything lands in the output folder:
 
 Example:
     >>> from octavo.training.run import finetune_model
-    >>> outcome = finetune_model(model, tokenizer, train, held_out, Recipe(), "out")  # doctest: +SKIP
-    >>> outcome.after["eval_perplexity"]                                              # doctest: +SKIP
-    9.7
+    >>> examples = [{"input_ids": ids[:64].tolist(), "labels": ids[:64].tolist()}] * 4
+    >>> tuned = octavo.load("model-8bit", dtype="float32")
+    >>> outcome = finetune_model(tuned, tokenizer, examples, examples, Recipe(max_steps=1), "tuned")
+    >>> outcome.after["eval_loss"] > 0
+    True
 """
 
 import hashlib

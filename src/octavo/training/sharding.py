@@ -10,8 +10,9 @@ on every device:
   checkpoints, `--resume` and the saved adapter are those of a run without FSDP.
 
 Example:
-    >>> shard_frozen(model, device)          # doctest: +SKIP
-    >>> wrapped = data_parallel(model)       # doctest: +SKIP
+    >>> layers = layers_of(model)                   # what FSDP2 gathers, one at a time
+    >>> len(layers), sharding_asked()
+    (6, False)
 """
 
 import os

@@ -3,9 +3,15 @@
 Everything else (the loop, schedules, checkpoints, distribution) is the Trainer's own.
 
 Example:
-    >>> trainer = OctavoTrainer(model=model, args=arguments, train_dataset=examples)  # doctest: +SKIP
-    >>> trainer.evaluate(held_out)["eval_perplexity"]                                 # doctest: +SKIP
-    12.3
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import TrainingArguments
+    >>> adapted = get_peft_model(octavo.load("model-8bit"), LoraConfig(target_modules="all-linear"))
+    >>> examples = [{"input_ids": ids[:64].tolist(), "labels": ids[:64].tolist()}]
+    >>> arguments = TrainingArguments("out", report_to=[], disable_tqdm=True)
+    >>> trainer = OctavoTrainer(model=adapted, args=arguments, eval_dataset=examples)
+    >>> trainer.evaluate()["eval_perplexity"] > 1
+    {'eval_loss': ..., 'eval_perplexity': ..., 'eval_tokens': 63, 'epoch': 0}
+    True
 """
 
 import math
