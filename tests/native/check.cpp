@@ -116,12 +116,15 @@ void run(const Kernels& k, const Case& c, Random& random) {
     }
   expect(same, "linear", k, m, c.type);
 
-  if (c.type == kBFloat16 && has_many(k, m)) {
+  // By tiles, or in bfloat16 by the instructions for it.
+  for (const bool tiles : {false, true}) {
+    if (!tiles && !(c.type == kBFloat16 && has_many(k, m))) continue;
     // More tokens than a tile, and once more than the sums kept at a time.
     const int64_t many = random.whole(0, 20) ? random.whole(1, 40) : 520;
     Guarded wide(bytes_of(c.type, many * c.columns), c.at_end), found(bytes_of(c.type, many * c.rows), c.at_end);
     for (int64_t i = 0; i < many * c.columns; i++) put(wide.as<void>(), c.type, i, random.uniform(-1, 1));
-    linear_many(k, m, wide.as<void>(), many, bias.as<void>(), c.type, found.as<void>(), threads);
+    if (!tiles) linear_many(k, m, wide.as<void>(), many, bias.as<void>(), c.type, found.as<void>(), threads);
+    else if (!linear_tiles(k, m, wide.as<void>(), c.type, many, bias.as<void>(), c.type, found.as<void>(), threads)) break;
     same = true;
     for (int64_t t = 0; t < many; t++)
       for (int64_t n = 0; n < c.rows; n++) {
@@ -132,23 +135,26 @@ void run(const Kernels& k, const Case& c, Random& random) {
         same = same && std::fabs(sum - get(found.as<void>(), c.type, t * c.rows + n)) <=
                            tolerance * (1 + std::sqrt(static_cast<double>(c.columns)));
       }
-    expect(same, "linear_many", k, m, c.type);
+    expect(same, tiles ? "linear_tiles" : "linear_many", k, m, c.type);
   }
 
-  linear_transposed(k, m, y.as<void>(), c.type, tokens, z.as<void>(), threads);
-  same = true;
-  for (int64_t t = 0; t < tokens; t++)
-    for (int64_t i = 0; i < c.columns; i++) {
-      double sum = 0, size = 1;
-      for (int64_t n = 0; n < c.rows; n++) {
-        const double term = static_cast<double>(get(y.as<void>(), c.type, t * c.rows + n)) *
-                            exact[static_cast<size_t>(n * c.columns + i)];
-        sum += term;
-        size += std::fabs(term);
+  for (const bool tiles : {false, true}) {
+    if (!tiles) linear_transposed(k, m, y.as<void>(), c.type, tokens, z.as<void>(), threads);
+    else if (!linear_transposed_tiles(k, m, y.as<void>(), c.type, tokens, z.as<void>(), threads)) break;
+    same = true;
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t i = 0; i < c.columns; i++) {
+        double sum = 0, size = 1;
+        for (int64_t n = 0; n < c.rows; n++) {
+          const double term = static_cast<double>(get(y.as<void>(), c.type, t * c.rows + n)) *
+                              exact[static_cast<size_t>(n * c.columns + i)];
+          sum += term;
+          size += std::fabs(term);
+        }
+        same = same && std::fabs(sum - get(z.as<void>(), c.type, t * c.columns + i)) <= tolerance * size;
       }
-      same = same && std::fabs(sum - get(z.as<void>(), c.type, t * c.columns + i)) <= tolerance * size;
-    }
-  expect(same, "linear_transposed", k, m, c.type);
+    expect(same, tiles ? "linear_transposed_tiles" : "linear_transposed", k, m, c.type);
+  }
 
   if (c.rows) {
     const int64_t count = random.whole(0, 5);
