@@ -23,11 +23,12 @@ from octavo.ops import cpu
 
 from .cpu_report import spread, table
 
-BLOCK = 64
+BLOCK, PUBLISHED_BLOCK = 64, 4096
 # Bytes to read through so that nothing else is left in the caches.
 CACHES = 128 << 20
-# The largest product of many tokens takes a second; its medians need no more rounds than that allows.
-MANY_TOKENS = 512
+# Numbers of tokens. Products of many take a second; their medians need no more rounds than that allows.
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 96, 512)
+MANY_TOKENS = 32
 
 
 def alternate(
@@ -71,13 +72,24 @@ def linear(rows: int, columns: int, tokens: int, dtype: torch.dtype, rounds: int
         "read": lambda: cpu.native.library.read_through(qdata.data_ptr(), qdata.numel(), threads),
         f"torch {str(dtype)[6:]}": lambda: F.linear(x, dense),
     }
+    if dtype != torch.float32:
+        # Where a processor has no instructions for 16 bits, float32 is what a user has instead.
+        wide, wide_x = weight.clone(), x.float()
+        functions["torch float32"] = lambda: F.linear(wide_x, wide)
     if dtype == torch.bfloat16 and tokens == 1:
         columnwise = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
         scales = torch.rand(rows).to(dtype)
         functions["torch int8pack"] = lambda: torch._weight_int8pack_mm(x, columnwise, scales)
-    published = _published(weight)
-    if published is not None:
-        functions["published way"] = lambda: published(x)
+    if tokens in (1, 512):
+        # The published format, whose codebook is a table, by Octavo's kernels and as it was computed before.
+        dynamic = codebook.dynamic()
+        table_qdata, table_absmax = ops.quantize(weight, dynamic, PUBLISHED_BLOCK)
+        functions["octavo, published format"] = lambda: cpu.linear_fast(
+            x, table_qdata, table_absmax, dynamic, PUBLISHED_BLOCK
+        )
+        published = _published(weight)
+        if published is not None and tokens == 1:
+            functions["published way"] = lambda: published(x)
     del weight
     # What a call left in the caches must not help the next: "read" follows "octavo" on the same matrix.
     other = torch.ones(CACHES, dtype=torch.uint8)
@@ -117,7 +129,7 @@ def run(rows: int, columns: int, rounds: int) -> dict:
     """All kernel measurements; prints tables as it goes."""
     products = []
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for tokens in (1, 4, 16, 32, MANY_TOKENS):
+        for tokens in TOKENS:
             found = linear(
                 rows, columns, tokens, dtype, rounds if tokens < MANY_TOKENS else max(3, rounds // 4)
             )

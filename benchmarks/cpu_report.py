@@ -7,6 +7,7 @@ Example:
 """
 
 import json
+import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +52,7 @@ def machine() -> dict:
         "load_before": load.before_measuring(),
         "huge_pages": huge_pages(),
         "kernels": cpu.status(),
+        "instructions": instructions(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
     }
 
@@ -61,8 +63,17 @@ def huge_pages() -> str | None:
     return setting.read_text().strip() if setting.exists() else None
 
 
+def instructions() -> dict[str, str]:
+    """What Octavo and PyTorch are held to, by variable of the environment; see `benchmarks/__init__.py`."""
+    names = ("OCTAVO_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def file_stem(kind: str) -> str:
-    return f"cpu-{kind}-" + re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-")
+    """cpu, what is measured, the processor, and the instruction set that Octavo is held to, if any."""
+    held = os.environ.get("OCTAVO_CPU_ISA", "")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{processor_name()} {held}".lower()).strip("-")
+    return f"cpu-{kind}-{name}"
 
 
 def save(kind: str, result: dict, folder: Path = RESULTS) -> Path:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaFor
 from typer.testing import CliRunner
 
 import octavo
-from benchmarks import conversion, cpu_report, page_cache
+from benchmarks import conversion, cpu_kernels, cpu_report, page_cache
 from octavo.benchmark import kernels, load, models, run, turns
 from octavo.benchmark.process import Worker, WorkerError
 from octavo.benchmark.timing import alternate, ratios, spread
@@ -189,10 +189,23 @@ def test_an_engine_describes_its_model(quantized):
     about = models.Quantized(str(quantized), "cpu").describe()
     assert about["class"] == "LlamaForCausalLM" and about["dtype"] == "float32"
     assert about["context"] == 64
-    count = Counter((rows, columns) for rows, columns, _, n in about["matrices"] for _ in range(n))
+    count = Counter((rows, columns) for rows, columns, _, _, n in about["matrices"] for _ in range(n))
     assert count[128, 64] == 4 and count[64, 128] == 2 and count[192, 64] == 2
-    weights = [rows * columns * n for rows, columns, _, n in about["matrices"]]
+    weights = [rows * columns * n for rows, columns, _, _, n in about["matrices"]]
     assert weights == sorted(weights, reverse=True)
+
+
+def test_a_model_says_which_way_its_codebooks_take(plain, tmp_path):
+    for codebook, kind in (("fitted", "segments"), ("dynamic", "table")):
+        config = octavo.OctavoConfig(codebook=codebook)
+        AutoModelForCausalLM.from_pretrained(plain, quantization_config=config).save_pretrained(
+            tmp_path / codebook
+        )
+        about = models.Quantized(str(tmp_path / codebook), "cpu").describe()
+        assert {found for _, _, _, found, _ in about["matrices"]} == {kind}
+        measured = kernels.linear(128, 64, "cpu", kind=kind, rounds=1, stream_bytes=1 << 16)
+        assert measured["codebook"] == kind
+        assert kernels.kind_of(kernels.random_weight(128, 64, 64, torch.device("cpu"), kind).code) == kind
 
 
 def test_dense_weights_are_the_checkpoints_own_or_the_de_quantized_ones(plain, quantized):
@@ -371,4 +384,4 @@ def test_the_kernel_benchmark_runs_as_a_command(tmp_path):
     # Titles are wrapped to the width of their tables.
     assert "of the memory's bandwidth" in " ".join(done.stdout.split())
     (written,) = tmp_path.glob("cpu-kernels-*.json")
-    assert len(json.loads(written.read_text())["linear"]) == 15
+    assert len(json.loads(written.read_text())["linear"]) == 3 * len(cpu_kernels.TOKENS)

@@ -118,7 +118,9 @@ def test_doctor_names_versions_and_active_kernels():
         text=True,
         env={**os.environ, "OCTAVO_CPU_ISA": "none"},
     )
-    assert json.loads(forced.stdout)["Kernels"]["CPU"] == "reference: OCTAVO_CPU_ISA=none"
+    forced = json.loads(forced.stdout)["Kernels"]
+    assert forced["CPU"] == "reference: OCTAVO_CPU_ISA=none"
+    assert forced["segments (fitted)"] == forced["tables (published)"] == "looked up in memory"
 
 
 def test_demo_shows_the_whole_path(tmp_path):

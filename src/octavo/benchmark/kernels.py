@@ -13,6 +13,7 @@ Example:
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,26 @@ def reading(device: torch.device, stream_bytes: int) -> Callable[[], object]:
     return memory.sum
 
 
-def random_weight(rows: int, columns: int, block_size: int, device: torch.device) -> OctavoTensor:
-    """A quantized matrix of random bytes: the speed of a product does not depend on them."""
+@cache
+def _code(kind: str) -> torch.Tensor:
+    """A codebook of a kind: "segments" as `octavo quantize` fits them, or a "table" (the published one)."""
+    if kind == "table":
+        return codebook.dynamic()
+    return codebook.fit(torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)), BLOCK)
+
+
+def kind_of(code: torch.Tensor) -> str:
+    """Which way kernels take with a codebook: "segments" are computed, a "table" of free entries is looked up."""
+    return "table" if codebook.segments(code) is None else "segments"
+
+
+def random_weight(
+    rows: int, columns: int, block_size: int, device: torch.device, kind: str = "segments"
+) -> OctavoTensor:
+    """A quantized matrix of random bytes: the speed of a product depends on the kind of its codebook, not on them."""
     qdata = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, device=device)
     absmax = torch.full((rows, blocks_per_row(columns, block_size)), 0.02, dtype=torch.float16, device=device)
-    return OctavoTensor.from_packed(
-        Packed(qdata, absmax, codebook.dynamic().to(device), block_size), torch.float32
-    )
+    return OctavoTensor.from_packed(Packed(qdata, absmax, _code(kind).to(device), block_size), torch.float32)
 
 
 def _products(matrices: list[torch.Tensor], x: torch.Tensor) -> Callable[[], object]:
@@ -65,6 +79,7 @@ def linear(
     dtype: torch.dtype = torch.bfloat16,
     peers: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
     block_size: int = BLOCK,
+    kind: str = "segments",
     rounds: int = 20,
     seconds: float = float("inf"),
     stream_bytes: int | None = None,
@@ -74,17 +89,18 @@ def linear(
     Args:
         dtype: of Octavo's input and output.
         peers: types of PyTorch's products.
+        kind: of the codebook; see `kind_of`.
         rounds, seconds: how often, and for how long at most; see `alternate`.
         stream_bytes: what each function goes through in a round. Default: STREAM_BYTES.
 
     Returns:
-        rows, columns, dtype, block_size, bytes (stored, of one matrix), rounds; `weights_per_second`: name → median, low, high,
-        for "octavo" and each peer; `faster_by`: the same of Octavo's speed over each peer's; `bandwidth`: bytes a second that
-        the memory delivered; `share`: of it that Octavo's kernels read.
+        rows, columns, dtype, block_size, codebook (its kind), bytes (stored, of one matrix), rounds;
+        `weights_per_second`: name → median, low, high, for "octavo" and each peer; `faster_by`: the same of Octavo's speed over
+        each peer's; `bandwidth`: bytes a second that the memory delivered; `share`: of it that Octavo's kernels read.
     """
     device = torch.device(device)
     stream_bytes = stream_bytes or STREAM_BYTES.get(device.type, STREAM_BYTES["cpu"])
-    weight = random_weight(rows, columns, block_size, device)
+    weight = random_weight(rows, columns, block_size, device, kind)
     stored = weight.nbytes_stored
     x = torch.randn(1, columns, device=device)
     copies = {"octavo": math.ceil(stream_bytes / stored)}
@@ -105,6 +121,7 @@ def linear(
         "columns": columns,
         "dtype": str(dtype).removeprefix("torch."),
         "block_size": block_size,
+        "codebook": kind,
         "bytes": stored,
         "rounds": len(read),
         "weights_per_second": {

@@ -92,19 +92,21 @@ class Engine:
 
         Returns:
             class, device, dtype (computing type); parameters: numbers in all; bytes: they take; context: most tokens, or None;
-            matrices: [rows, columns, block size, how many] of those in 8 bits, most weights first; fallbacks:
-            operations so far that de-quantized a whole weight.
+            matrices: [rows, columns, block size, kind of codebook (`kernels.kind_of`), how many] of those in 8 bits, most weights
+            first; fallbacks: operations so far that de-quantized a whole weight.
         """
         from ..tensor import OctavoTensor, fallbacks
+        from .kernels import kind_of
 
-        shapes: Counter[tuple[int, int, int]] = Counter()
+        shapes: Counter[tuple[int, int, int, str]] = Counter()
         parameters = stored = 0
         for parameter in self.model.parameters():
             parameters += parameter.numel()
             if isinstance(parameter, OctavoTensor):
                 stored += parameter.nbytes_stored
                 rows, columns = parameter.qdata.shape[-2:]
-                shapes[rows, columns, parameter.block_size] += parameter.numel() // (rows * columns)
+                kind = kind_of(parameter.code)
+                shapes[rows, columns, parameter.block_size, kind] += parameter.numel() // (rows * columns)
             else:
                 stored += parameter.nbytes
         matrices = sorted(shapes.items(), key=lambda item: -item[0][0] * item[0][1] * item[1])

@@ -27,6 +27,8 @@ KERNEL_ROUNDS, QUICK_KERNEL_ROUNDS = 30, 8
 KERNEL_SECONDS, MODEL_SECONDS, QUICK_MODEL_SECONDS = 4.0, 10.0, 4.0
 # Distinct shapes of a model's matrices that are measured, those with most weights first.
 MOST_SHAPES, QUICK_SHAPES = 4, 1
+# The published format's block, whose codebook is a table.
+PUBLISHED_BLOCK = 4096
 # Share of the free memory that a model in float may take.
 FITS = 0.8
 
@@ -123,14 +125,15 @@ def machine(place: torch.device, processor: str) -> dict[str, Any]:
 
 
 def measure_kernels(
-    matrices: list[list[int]] | None, dtype: str, options: Options, say: Say
+    matrices: list[list[Any]] | None, dtype: str, options: Options, say: Say
 ) -> list[dict[str, Any]]:
-    """One token through some matrices: [rows, columns, block size, ...] each, or None for SHAPES."""
+    """One token through some matrices: [rows, columns, block size, kind of codebook, ...] each, or None for SHAPES."""
     place = options.place()
     if matrices is None:
-        matrices = [[rows, columns, BLOCK] for rows, columns in SHAPES]
+        matrices = [[rows, columns, BLOCK, "segments"] for rows, columns in SHAPES]
+        matrices.append([*SHAPES[0], PUBLISHED_BLOCK, "table"])
     found = []
-    for rows, columns, block, *_ in matrices[: QUICK_SHAPES if options.quick else MOST_SHAPES]:
+    for rows, columns, block, kind, *_ in matrices[: QUICK_SHAPES if options.quick else MOST_SHAPES]:
         say(f"One token through {rows} x {columns}")
         found.append(
             linear(
@@ -140,6 +143,7 @@ def measure_kernels(
                 dtype=DTYPES[dtype],
                 peers=tuple(DTYPES[name] for name in _float_types(place)),
                 block_size=block,
+                kind=kind,
                 rounds=QUICK_KERNEL_ROUNDS if options.quick else KERNEL_ROUNDS,
                 seconds=KERNEL_SECONDS,
             )

@@ -115,6 +115,7 @@ def _show_kernels(out: Any, kernels: list[dict[str, Any]]) -> None:
     rows = [
         (
             f"{each['rows']} x {each['columns']}",
+            each["codebook"],
             f"{each['weights_per_second']['octavo']['median'] / 1e9:.1f}",
             _spread(each["share"], ".0%"),
             *(_spread(each["faster_by"][peer]) for peer in peers),
@@ -123,13 +124,14 @@ def _show_kernels(out: Any, kernels: list[dict[str, Any]]) -> None:
     ]
     show_table(
         out,
-        ("matrix", "G weights/s", "of the memory", *(f"over {peer}" for peer in peers)),
+        ("matrix", "codebook", "G weights/s", "of the memory", *(f"over {peer}" for peer in peers)),
         rows,
         title=f"One token through one matrix, {kernels[0]['dtype']}",
     )
     best = max(each["bandwidth"]["median"] for each in kernels)
     say(
         out,
+        "Codebooks of segments, which `octavo quantize` fits, are computed; tables, as in the published format, are looked up. "
         f"The memory delivers {best / 1e9:.1f} GB/s to these threads; Octavo reads at this share of it, and is this much faster "
         "than PyTorch on the same matrix in float.",
     )

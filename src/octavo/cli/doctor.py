@@ -93,4 +93,9 @@ def processor_name() -> str:
 def _kernels() -> dict[str, object]:
     from octavo import ops
 
-    return {name: f"{state['active']}: {state['reason']}" for name, state in ops.kernels().items()}
+    states = ops.kernels()
+    found = {name: f"{state['active']}: {state['reason']}" for name, state in states.items()}
+    ways = states["CPU"]["codebooks"]
+    found["segments (fitted)"] = ways["segments"]
+    found["tables (published)"] = ways["table"]
+    return found

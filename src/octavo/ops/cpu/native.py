@@ -6,7 +6,7 @@ OCTAVO_CPU_ISA=vbmi_bf16, vbmi, avx512, avx2, neon or portable picks kernels, fo
 Example:
     >>> from octavo.ops.cpu import native
     >>> sorted(native.status())
-    ['active', 'pool', 'reason', 'supported', 'threads']
+    ['active', 'codebooks', 'pool', 'reason', 'supported', 'threads']
 """
 
 import os
@@ -25,6 +25,16 @@ except ImportError as error:
 ISA_VARIABLE = "OCTAVO_CPU_ISA"
 # How the native functions number the types.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# How each instruction set gets at the values of a codebook: of segments (docs/FORMAT.md), and of 256 free entries.
+_CODEBOOKS = {
+    "avx2": ("computed", "looked up, sixteen entries at a time"),
+    "avx512": ("computed", "looked up in registers, 64 entries at a time"),
+    "vbmi": ("computed, or looked up in registers where that is faster", "looked up in registers"),
+    "neon": ("computed", "looked up in registers, 64 entries at a time"),
+}
+_CODEBOOKS["vbmi_bf16"] = _CODEBOOKS["vbmi"]
+_LOOKED_UP = ("looked up in memory", "looked up in memory")
 
 _requested = os.environ.get(ISA_VARIABLE, "").strip().lower()
 
@@ -64,14 +74,16 @@ def status() -> dict[str, object]:
 
     Returns:
         active: name of the kernels, "reference" for plain PyTorch; reason; supported: names that could be chosen, best
-        first; threads; pool: what runs them.
+        first; threads; pool: what runs them; codebooks: how they get at the values of a codebook of "segments" and of a "table".
     """
+    segments, table = _CODEBOOKS.get(library.active(), _LOOKED_UP) if AVAILABLE else _LOOKED_UP
     return {
         "active": library.active() if AVAILABLE else "reference",
         "reason": _reason,
         "supported": list(library.supported()) if library is not None else [],
         "threads": torch.get_num_threads(),
         "pool": library.pool() if AVAILABLE else "PyTorch",
+        "codebooks": {"segments": segments, "table": table},
     }
 
 
