@@ -94,8 +94,9 @@ def _kernels() -> dict[str, object]:
     from octavo import ops
 
     states = ops.kernels()
-    found = {name: f"{state['active']}: {state['reason']}" for name, state in states.items()}
-    ways = states["CPU"]["codebooks"]
-    found["segments (fitted)"] = ways["segments"]
-    found["tables (published)"] = ways["table"]
-    return found
+    ways: Any = states["CPU"]["codebooks"]
+    return {
+        **{name: f"{state['active']}: {state['reason']}" for name, state in states.items()},
+        "segments (fitted)": ways["segments"],
+        "tables (published)": ways["table"],
+    }
