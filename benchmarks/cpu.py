@@ -173,6 +173,13 @@ def main() -> None:
         "--columns", type=positive, default=4096, help="kernels: columns of the matrix; default: %(default)s"
     )
     parser.add_argument(
+        "--tokens",
+        type=positive,
+        nargs="+",
+        default=cpu_kernels.TOKENS,
+        help="kernels: how many tokens at a time; default: " + " ".join(map(str, cpu_kernels.TOKENS)),
+    )
+    parser.add_argument(
         "--shape", choices=list(SHAPES), default="1b", help="models: the model's shape; default: %(default)s"
     )
     parser.add_argument(
@@ -196,7 +203,10 @@ def main() -> None:
         print(
             f"{found['processor']}, {options.threads} threads, {kernels} kernels, load before {load['load_average']:.1f}"
         )
-        result = {"machine": found, **cpu_kernels.run(options.rows, options.columns, options.rounds)}
+        result = {
+            "machine": found,
+            **cpu_kernels.run(options.rows, options.columns, options.rounds, options.tokens),
+        }
         print("written to", save("kernels", result, options.results))
         return
     result = run_models(options)

@@ -125,11 +125,11 @@ def conversion(rows: int, columns: int, dtype: torch.dtype, rounds: int) -> dict
     }
 
 
-def run(rows: int, columns: int, rounds: int) -> dict:
+def run(rows: int, columns: int, rounds: int, counts: tuple[int, ...] = TOKENS) -> dict:
     """All kernel measurements; prints tables as it goes."""
     products = []
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for tokens in TOKENS:
+        for tokens in counts:
             found = linear(
                 rows, columns, tokens, dtype, rounds if tokens < MANY_TOKENS else max(3, rounds // 4)
             )

@@ -1,6 +1,7 @@
 """`octavo doctor`: what is installed, what hardware is seen, and which kernels are active, and why."""
 
 import re
+from typing import Any
 
 import typer
 
