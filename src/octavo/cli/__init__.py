@@ -24,6 +24,7 @@ from .inspect import inspect
 from .merge import merge
 from .plan import plan
 from .quantize import quantize
+from .serve import serve
 
 # Of click, which typer builds on, or of its own copy of it.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
@@ -54,6 +55,8 @@ for command in (
     bench,
 ):
     app.command()(command)
+# What follows `--` is vLLM's.
+app.command(context_settings={"allow_extra_args": True})(serve)
 
 
 @app.callback(invoke_without_command=True)
