@@ -27,6 +27,7 @@ from .requests import Request
 asked: ContextVar[Request] = ContextVar("asked")
 # Until the last answer has ended, when the server stops.
 STOPPING_SECONDS = 10
+TOO_LONG = "this model's context is"
 
 
 class StoppingStreamer(DirectStreamer):
@@ -146,7 +147,7 @@ class OneAtATime(GenerateManager):
         if self.context is not None and length >= self.context:
             raise HTTPException(
                 400,
-                f"this model's context is {self.context} tokens, and the prompt alone has {length}: shorten it",
+                f"{TOO_LONG} {self.context} tokens, and the prompt alone has {length}: shorten it",
             )
 
     def stop(self) -> None:

@@ -107,9 +107,11 @@ class Door:
             await refuse(send, 405 if known else 404, message, "not_found")
         elif path == "/":
             await respond(send, 200, PAGE, HEADERS)
+        elif path == "/health":
+            await self.app(scope, receive, send)
         elif not self._admits(headers):
             await self._turn_away(headers, send)
-        elif (method, path) in OPEN or path == "/metrics" or path == "/v1/models":
+        elif path in ("/metrics", "/v1/models"):
             await self.app(scope, receive, send)
         elif path == "/info":
             shown = {name: getattr(self.settings, name) for name in ("model", "engine", "chat", "context")}

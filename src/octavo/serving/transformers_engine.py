@@ -26,8 +26,9 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import get_response_template
+from transformers.utils import logging
 
-from .answering import Line, asked
+from .answering import TOO_LONG, Line, asked
 from .door import Door, Settings, error_body
 from .requests import ChatRequest, CompletionRequest, Request, explained
 
@@ -63,6 +64,10 @@ class _Checked:
         except ValidationError as error:
             raise HTTPException(400, explained(error)) from error
         asked.set(request)
+        if "messages" in body and not self.model_manager.tokenizer.chat_template:
+            raise HTTPException(
+                400, "this model has no chat template, it continues texts: ask at /v1/completions"
+            )
         if isinstance(body.get("prompt"), list):
             body = {**body, "prompt": body["prompt"][0]}
         manager = self.model_manager
@@ -147,11 +152,10 @@ def build_app(model: Any, tokenizer: Any, settings: Settings) -> FastAPI:
 
     @app.exception_handler(StarletteHTTPException)
     async def _refused(_request: Any, error: StarletteHTTPException) -> JSONResponse:
-        codes = {404: "model_not_found"}
-        return JSONResponse(
-            error_body(str(error.detail), error.status_code, codes.get(error.status_code, "invalid_request")),
-            error.status_code,
-        )
+        code = "model_not_found" if error.status_code == 404 else "invalid_request"
+        if str(error.detail).startswith(TOO_LONG):
+            code = "context_length_exceeded"
+        return JSONResponse(error_body(str(error.detail), error.status_code, code), error.status_code)
 
     @app.exception_handler(RequestValidationError)
     async def _malformed(_request: Any, error: RequestValidationError) -> JSONResponse:
@@ -174,6 +178,8 @@ def run(model: Any, tokenizer: Any, settings: Settings, listening: Any) -> None:
         model, tokenizer: as `octavo.load` and `octavo.load_tokenizer` give them.
         listening: a bound socket.
     """
+    # It would log each request, and flags that we unset on purpose.
+    logging.set_verbosity_error()
     app = build_app(model, tokenizer, settings)
     config = uvicorn.Config(
         Door(app, settings),

