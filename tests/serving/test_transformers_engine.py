@@ -55,6 +55,7 @@ class TestTransformers(AnyEngine):
 
     def test_sigterm_in_mid_stream(self, server, name):
         self.ends_cleanly(server, name)
+        assert "Traceback" not in server.said()
 
 
 def test_a_model_without_a_chat_template(tmp_path):
