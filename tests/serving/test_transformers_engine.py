@@ -9,8 +9,7 @@ import pytest
 from octavo import demo
 from octavo.checkpoint import convert
 
-pytest.importorskip("fastapi")
-pytest.importorskip("openai")
+pytestmark = pytest.mark.slow
 
 from .conversation import TEMPLATE, AnyEngine
 from .server import serving

