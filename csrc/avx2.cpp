@@ -1,10 +1,12 @@
-// Kernels for AVX2 with FMA and F16C. A codebook of segments is computed (segments256.h). Any other: exact float32 looks it up by
+// Kernels for AVX2 with FMA and F16C. A codebook of segments is computed (segments256.h), and so is the dynamic map
+// (dynamic256.h). Any other: exact float32 looks it up by
 // gathers; fixed point, in registers.
 //
 // pshufb looks a byte up among sixteen by the low four bits of an index, and gives zero where its top bit is set. Taking 16 off
 // the indices again and again, with saturation, turns those below a run of sixteen entries negative: at step h only indices
 // from 16 h on still count. Each step's table is the exclusive or of a run with the one before, so what the steps of an
 // index add up to is the entry of its own run. Indices from 128 on start negative and take their turn with the top bit flipped.
+#include "dynamic256.h"
 #include "kernels.h"
 #include "tiles256.h"
 
@@ -52,11 +54,7 @@ struct Avx2 : Simd256 {
         const I* xm = reinterpret_cast<const I*>(x + m * stride + c * kChunk + 32 * h);
         const I sum = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(xm)),
                                        _mm256_madd_epi16(odd, _mm256_loadu_si256(xm + 1)));
-        const float* f = factors + (m * (stride / kChunk) + c) * Parts;
-        const V factor = Parts == 1   ? set1(f[0])
-                         : Parts == 2 ? set1(f[h])
-                                      : _mm256_set_m128(_mm_set1_ps(f[2 * h + 1]), _mm_set1_ps(f[2 * h]));
-        acc[m] = fma(_mm256_cvtepi32_ps(sum), factor, acc[m]);
+        acc[m] = fma(_mm256_cvtepi32_ps(sum), part_factor<Parts>(factors + (m * (stride / kChunk) + c) * Parts, h), acc[m]);
       }
     }
   }
@@ -89,6 +87,11 @@ constexpr Kernels computed() {
           absmax<S>, encode<S>, deviate<S>, count<S>, tile_input<S>, tile_rows<S>, tile_transposed<S>, nullptr, nullptr, nullptr};
 }
 
+// What needs exact values, or is done once for many tokens, looks them up.
+constexpr Kernels dynamic_map{
+    "avx2", prepare_dynamic, widen<Avx2>, narrow<Avx2>, to_fixed256, dot<Dynamic256>, dot_fixed<Dynamic256>, nullptr, transposed<Avx2>,
+    dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, deviate<Avx2>, count<Avx2>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+
 constexpr Kernels byte_segments = computed<true>(), wide_segments = computed<false>();
 
 }  // namespace
@@ -96,7 +99,7 @@ constexpr Kernels byte_segments = computed<true>(), wide_segments = computed<fal
 const Kernels& avx2_kernels() {
   static constexpr Kernels kernels{
       "avx2", prepare_steps, widen<Avx2>, narrow<Avx2>, to_fixed256, dot<Avx2>, dot_fixed<Avx2>, nullptr, transposed<Avx2>,
-      dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, deviate<Avx2>, count<Avx2>, nullptr, nullptr, nullptr, &byte_segments, &wide_segments, avx2_kernels};
+      dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, deviate<Avx2>, count<Avx2>, nullptr, nullptr, nullptr, &byte_segments, &wide_segments, avx2_kernels, &dynamic_map};
   return kernels;
 }
 

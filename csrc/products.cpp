@@ -67,7 +67,7 @@ void linear(const Kernels& kernels, const Matrix& matrix, const void* x, DType t
   const Kernels* k = &kernels_for(kernels, matrix.code, fixed, table);
   // Float32 is split only for codebooks that are integers: other tables would be rounded.
   const bool planes = type == kFloat32;
-  if (fixed && planes && k == &kernels) fixed = false, k->prepare(matrix.code, false, table);
+  if (fixed && planes && !table.integers) fixed = false, k->prepare(matrix.code, false, table);
   if (fixed && !fix_tokens(*k, table, values, tokens, w.columns, planes ? 2 : 1, input))
     fixed = false, k->prepare(matrix.code, false, table);
 

@@ -96,11 +96,7 @@ struct Segments256 : Simd256 {
       if constexpr (Parts == 1) {
         acc[m] = fma(_mm256_cvtepi32_ps(_mm256_add_epi32(sum[0], sum[1])), set1(f[0]), acc[m]);
       } else {
-        for (int h = 0; h < 2; h++) {
-          const V factor =
-              Parts == 2 ? set1(f[h]) : _mm256_set_m128(_mm_set1_ps(f[2 * h + 1]), _mm_set1_ps(f[2 * h]));
-          acc[m] = fma(_mm256_cvtepi32_ps(sum[h]), factor, acc[m]);
-        }
+        for (int h = 0; h < 2; h++) acc[m] = fma(_mm256_cvtepi32_ps(sum[h]), part_factor<Parts>(f, h), acc[m]);
       }
     }
   }

@@ -109,6 +109,14 @@ struct Simd256 {
   }
 };
 
+// The factors of half a chunk's eight lanes: one for the chunk, one for each half, or one for each 128-bit lane.
+template <int Parts>
+OCTAVO_INLINE __m256 part_factor(const float* f, int half) {
+  if constexpr (Parts == 1) return _mm256_set1_ps(f[0]);
+  if constexpr (Parts == 2) return _mm256_set1_ps(f[half]);
+  return _mm256_set_m128(_mm_set1_ps(f[2 * half + 1]), _mm_set1_ps(f[2 * half]));
+}
+
 // Largest magnitude of `n` values, a multiple of 8.
 OCTAVO_INLINE uint32_t largest_of(const float* values, int64_t n) {
   __m256i magnitude = Simd256::no_magnitude();

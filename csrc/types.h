@@ -43,6 +43,16 @@ struct Segments {
   float top_word;                                 // largest input in fixed point: eight products then stay below 2^31
 };
 
+// The published format's dynamic map (docs/FORMAT.md): index 127 + a has the value P(a), 127 - a has -P(a), and P is a straight line
+// between two powers of two. Two forms of P, with the error of a rounding:
+//   float32   P(a) = constant[k] + slope[k] (a + 1/2), where k are the lowest three bits of the exponent of a + 1/2
+//   integers  P(a) = (base[a >> 4] + step[a >> 4] (a & 15) / 16) / 16383, the quotient rounded; for a < 16 `small[a]`
+struct Dynamic {
+  alignas(32) float constant[8], slope[8];
+  alignas(16) uint8_t base[2][16], step[2][16];  // the low and the high bytes of 16-bit integers
+  alignas(16) uint8_t small[16];
+};
+
 // A codebook in the forms the kernels look it up in; made once a call, read by every thread.
 struct alignas(64) Table {
   float code[256];
@@ -57,7 +67,9 @@ struct alignas(64) Table {
   // Byte planes of `fixed`, each run of sixteen entries exclusive-or'ed with the run before it in its half (AVX2).
   uint8_t steps[2][256];
   float fixed_unit, top_word;
+  bool integers;  // the fixed-point form is exact
   Segments segments;
+  Dynamic dynamic;
 };
 
 // The 255 midpoints between neighbouring codes, ordered as a binary search meets them: level l has 2^l entries.
@@ -192,6 +204,9 @@ struct Kernels {
 
   // The kernels whose tiles these use, or null.
   const Kernels& (*tiles)();
+
+  // The kernels that compute the dynamic map, or null: these look it up.
+  const Kernels* dynamic = nullptr;
 };
 
 // How many scales a chunk of 64 weights spans: 1, 2 or 4, or 64 for "one a weight", which serves any block size.

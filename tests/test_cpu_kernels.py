@@ -62,8 +62,11 @@ def packed(rows, columns, block_size, seed, scale_type=torch.float16):
 
 
 def random_code(generator):
-    """A table of free entries, of segments whose parts fit bytes, or of others (docs/FORMAT.md), on any of their grids."""
-    kind, exponent = (int(torch.randint(n, (), generator=generator)) for n in (3, 4))
+    """A table of free entries, of segments whose parts fit bytes, or of others (docs/FORMAT.md), on any of their grids; or the
+    published map."""
+    kind, exponent = (int(torch.randint(n, (), generator=generator)) for n in (4, 4))
+    if kind == 3:
+        return codebook.dynamic()
     if kind == 0:
         return torch.rand(256, generator=generator).mul(2).sub(1).sort().values
     scale = 1 << (11 + exponent)

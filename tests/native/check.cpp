@@ -62,9 +62,23 @@ struct Random {
   int64_t whole(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
 };
 
-// 256 free entries, or sixteen segments whose parts fit bytes, or do not (docs/FORMAT.md).
+// The dynamic map's value at index 127 + a: between two powers of two, the middles of equal parts of a decade.
+float dynamic_value(int a) {
+  if (a == 0 || a == 128) return a ? 1.0f : 0.0f;
+  int k = 0;
+  while (a >> (k + 1)) k++;
+  const double part = 0.9 / (1 << k);
+  return static_cast<float>((0.1 + part * (a - (1 << k) + 0.5)) * std::pow(10.0, k - 6));
+}
+
+// 256 free entries, or sixteen segments whose parts fit bytes, or do not, or the dynamic map (docs/FORMAT.md).
 void put_code(void* code, Random& random) {
-  const int64_t kind = random.whole(0, 2), scale = int64_t{1} << random.whole(11, 14), step = kind == 1 ? scale / 128 : 1;
+  const int64_t kind = random.whole(0, 3);
+  if (kind == 3) {
+    for (int i = 0; i < 256; i++) put(code, kFloat32, i, i < 127 ? -dynamic_value(127 - i) : dynamic_value(i - 127));
+    return;
+  }
+  const int64_t scale = int64_t{1} << random.whole(11, 14), step = kind == 1 ? scale / 128 : 1;
   for (int i = 0; i < 256; i++) {
     const int64_t base = (i / 16 - 8) * (scale / 8) / step * step, slope = std::min<int64_t>(kind == 1 ? 127 : scale, scale / 8 / 15);
     const float free = static_cast<float>(i - 128) / 128.0f + (i == 200 ? 0.001f : 0.0f);

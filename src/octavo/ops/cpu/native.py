@@ -28,7 +28,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # How each instruction set gets at the values of a codebook: of segments (docs/FORMAT.md), and of 256 free entries.
 _CODEBOOKS = {
-    "avx2": ("computed", "looked up, sixteen entries at a time"),
+    "avx2": ("computed", "the published map computed, others looked up sixteen entries at a time"),
     "avx512": ("computed", "looked up in registers, 64 entries at a time"),
     "vbmi": ("computed, or looked up in registers where that is faster", "looked up in registers"),
     "neon": ("computed", "looked up in registers, 64 entries at a time"),
