@@ -9,10 +9,10 @@ import pytest
 from octavo import demo
 from octavo.checkpoint import convert
 
-pytestmark = pytest.mark.slow
-
 from .conversation import TEMPLATE, AnyEngine
 from .server import serving
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
