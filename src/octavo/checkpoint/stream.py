@@ -65,7 +65,7 @@ def convert(
         CheckpointError: if the source is damaged, holds NaN or infinity, or is in Octavo's format already; if
             `out` is in the way; if the disk is full (what is done stays, to be gone on with).
         octavo.model.CoverageError: if more than 1 % of the matrices would stay in float without having been
-        skipped.
+            skipped.
     """
     if not isinstance(source, Source):
         with open_source(source) as opened:

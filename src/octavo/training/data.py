@@ -52,7 +52,7 @@ def tokenize(
 
     Raises:
         ValueError: if packing is asked for and a record is no plain text, or the tokenizer has no end-of-text
-        token.
+            token.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
