@@ -150,11 +150,23 @@ class AnyEngine:
     def ends_cleanly(self, server, name):
         """For the last test: the stream ends as a client can read, the process with status 0."""
         body = {"model": name, "messages": MESSAGES, "max_tokens": 450, "temperature": 1, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
-            pieces = answer.iter_text()
-            next(pieces)
-            os.kill(server.process.pid, signal.SIGTERM)
-            rest = "".join(pieces)
-        events = [json.loads(line[6:]) for line in rest.splitlines() if line.startswith("data: {")]
-        assert rest.rstrip().endswith("[DONE]") or "error" in events[-1]
+        texts = []
+
+        def read():
+            url = f"{server.url}/v1/chat/completions"
+            with httpx.stream("POST", url, json=body, timeout=60) as answer:
+                texts.append("".join(answer.iter_text()))
+
+        # More than one engine ends within its time of grace.
+        readers = [threading.Thread(target=read) for _ in range(8)]
+        for reader in readers:
+            reader.start()
+        time.sleep(0.5)
+        os.kill(server.process.pid, signal.SIGTERM)
+        for reader in readers:
+            reader.join()
+        assert len(texts) == 8
+        for text in texts:
+            events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+            assert text.rstrip().endswith("[DONE]") or "error" in events[-1]
         assert server.terminate() == 0

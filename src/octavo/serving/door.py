@@ -78,6 +78,7 @@ class Door:
         self.app = app
         self.settings = settings or Settings(**json.loads(os.environ[VARIABLE]))
         self.requests = 0
+        self.closing = asyncio.Event()
 
     async def __call__(self, scope: dict, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -94,6 +95,10 @@ class Door:
                 print(f"{self.settings.model} is ready: {self.settings.url} (Ctrl-C stops)", flush=True)
 
         return announce
+
+    def close(self) -> None:
+        """End all requests, each in a way that its client can read."""
+        self.closing.set()
 
     async def _http(self, scope: dict, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -180,10 +185,12 @@ class Door:
                 pass
 
         engine = asyncio.ensure_future(self.app(scope, replay, answer.send))
-        watcher = asyncio.ensure_future(watch())
+        watcher, closing = asyncio.ensure_future(watch()), asyncio.ensure_future(self.closing.wait())
         try:
             await asyncio.wait(
-                (engine, watcher), timeout=self.settings.max_seconds, return_when=asyncio.FIRST_COMPLETED
+                (engine, watcher, closing),
+                timeout=self.settings.max_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
             )
             if engine.done():
                 await engine
@@ -193,15 +200,13 @@ class Door:
             if left:
                 await asyncio.wait((engine,), timeout=LEAVING_SECONDS)
             await _cancelled(engine)
-            if not left:
+            if closing.done():
+                await answer.end("the server is stopping")
+            elif not left:
                 await answer.end(f"the answer took longer than {self.settings.max_seconds:g} s")
-        except asyncio.CancelledError:
-            gone.set()
-            await _cancelled(engine)
-            await answer.end("the server is stopping")
-            raise
         finally:
-            await _cancelled(watcher)
+            for task in (engine, watcher, closing):
+                await _cancelled(task)
 
 
 class _Answer:

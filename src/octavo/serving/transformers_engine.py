@@ -7,6 +7,7 @@ Example:
     >>> run(model, tokenizer, settings, listening_socket)  # doctest: +SKIP
 """
 
+import asyncio
 import inspect
 import json
 import signal
@@ -171,6 +172,18 @@ def build_app(model: Any, tokenizer: Any, settings: Settings) -> FastAPI:
     return app
 
 
+class _Server(uvicorn.Server):
+    """uvicorn, which breaks connections off when its patience ends; the door ends the answers before that."""
+
+    def __init__(self, config: uvicorn.Config, door: Door):
+        super().__init__(config)
+        self.door = door
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self.door.close)
+        await super().shutdown(sockets)
+
+
 def run(model: Any, tokenizer: Any, settings: Settings, listening: Any) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
@@ -181,16 +194,14 @@ def run(model: Any, tokenizer: Any, settings: Settings, listening: Any) -> None:
     # It would log each request, and flags that we unset on purpose.
     logging.set_verbosity_error()
     app = build_app(model, tokenizer, settings)
+    door = Door(app, settings)
     config = uvicorn.Config(
-        Door(app, settings),
-        log_level="warning",
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=30,
+        door, log_level="warning", timeout_graceful_shutdown=2 * GRACE_SECONDS, timeout_keep_alive=30
     )
     # uvicorn ends cleanly, and then raises the signal once more, for handlers that were there before.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config, door).run(sockets=[listening])
     finally:
         app.state.generation.shutdown()
