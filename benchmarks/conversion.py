@@ -29,8 +29,8 @@ from pathlib import Path
 
 import torch
 
-from octavo.benchmark.load import Meter
-from octavo.benchmark.timing import alternate, spread
+from octavo.bench.load import Meter
+from octavo.bench.timing import alternate, spread
 from octavo.config import OctavoConfig
 from octavo.quantizer import quantize_parameter
 

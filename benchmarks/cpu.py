@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from octavo.benchmark.kernels import reading
-from octavo.benchmark.process import Worker
-from octavo.benchmark.turns import take_turns
+from octavo.bench.kernels import reading
+from octavo.bench.process import Worker
+from octavo.bench.turns import take_turns
 
 from . import cpu_kernels, page_cache
 from .cpu_engines import ENGINES, SHAPES

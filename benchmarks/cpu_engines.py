@@ -2,7 +2,7 @@
 
 An engine is made from the files `prepare` wrote, and then answers `prefill(n)`, one pass over n tokens with the logits of the
 last, and `decode(n)`, n tokens one at a time after a prompt of PROMPT tokens. Both return seconds. All but llama.cpp run the same
-transformers model through the same loop, that of `octavo bench` (`octavo.benchmark.models`).
+transformers model through the same loop, that of `octavo bench` (`octavo.bench.models`).
 
 Example:
     >>> from benchmarks.cpu_engines import ENGINES
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from octavo.benchmark import models
-from octavo.benchmark.models import PROMPT
+from octavo.bench import models
+from octavo.bench.models import PROMPT
 
 # Decoder shapes; "1b" has 1.17 billion weights, the others are for small machines and for trying the benchmark itself.
 SHAPES = {
@@ -233,5 +233,5 @@ ENGINES = {
 
 
 def make(name: str, folder: str) -> Transformers | LlamaCpp:
-    """The engine of that name, for `octavo.benchmark.process.Worker`."""
+    """The engine of that name, for `octavo.bench.process.Worker`."""
     return ENGINES[name](Path(folder))

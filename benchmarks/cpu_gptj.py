@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from octavo import codebook
-from octavo.benchmark.timing import spread
-from octavo.benchmark.turns import take_turns, undisturbed
+from octavo.bench.timing import spread
+from octavo.bench.turns import take_turns, undisturbed
 from octavo.ops import blocks_per_row
 
 from .cpu import probes, start

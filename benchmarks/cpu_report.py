@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from octavo.benchmark import load
-from octavo.benchmark.timing import ratios, spread
-from octavo.benchmark.turns import best_of, undisturbed
+from octavo.bench import load
+from octavo.bench.timing import ratios, spread
+from octavo.bench.turns import best_of, undisturbed
 from octavo.cli.doctor import processor_name
 
 RESULTS = Path(__file__).parent / "results"

@@ -85,7 +85,7 @@ def checkpoint(folder: Path, device: str, tiny: bool) -> None:
 def planned(model: Path, device: str, tokens: int, preset: dict[str, str]) -> int:
     """Bytes that `octavo plan` foretells for training."""
     from octavo.cli.plan import read_config
-    from octavo.training import memory
+    from octavo.planning import memory
     from octavo.training.recipe import Recipe
 
     from .gpu_models import dtype_for

@@ -120,7 +120,7 @@ def test_the_card_tells_base_data_settings_losses_and_use(model, adapter):
 
 def test_a_merged_model_is_asked_as_its_adapter_was(model, adapter, tmp_path, capsys):
     from octavo.checkpoint import convert
-    from octavo.training.merge import merge
+    from octavo.merging.merge import merge
 
     convert(model, tmp_path / "eight")
     merge(tmp_path / "eight", adapter[1], tmp_path / "merged")

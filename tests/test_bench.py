@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import octavo
 from benchmarks import conversion, cpu_report, page_cache
-from octavo.benchmark import kernels, load, models, run, turns
-from octavo.benchmark.process import Worker, WorkerError
-from octavo.benchmark.timing import alternate, ratios, spread
+from octavo.bench import kernels, load, models, run, turns
+from octavo.bench.process import Worker, WorkerError
+from octavo.bench.timing import alternate, ratios, spread
 from octavo.cli import app
 from octavo.cli.bench import _show
 

@@ -33,13 +33,13 @@ NOT_RUN = {
 }
 # Examples that measure or compare whole models: seconds each.
 SLOW = {
-    "benchmark.process",
-    "benchmark.turns",
+    "bench.process",
+    "bench.turns",
     "evaluation.compare",
     "evaluation.compare_plot",
     "evaluation.evaluate",
     "evaluation.report",
-    "training.memory",
+    "planning.memory",
     "training.run",
 }
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -25,8 +25,9 @@ ORDER = [
     ["compat", "demo"],
     ["calibration", "evaluation", "export"],
     ["training"],
+    ["generation", "merging", "planning"],
     ["serving"],
-    ["benchmark"],
+    ["bench"],
     ["cli"],
 ]
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

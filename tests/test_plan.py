@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import octavo
 from octavo.cli.options import size
 from octavo.cli.plan import plan
-from octavo.training import even_experts, memory
+from octavo.planning import even_experts, memory
 from octavo.training.adapters import add_adapters
 from octavo.training.loss import language_model_loss
 from octavo.training.recipe import Recipe

@@ -52,7 +52,7 @@ def test_divergence_of_each_format(plain):
 
 
 def test_it_answers_in_english():
-    from octavo.serving.generation import stream
+    from octavo.generation import stream
 
     model, tokenizer = octavo.load(GGUF, device="cpu"), octavo.load_tokenizer(GGUF)
     answer = stream(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import octavo
 from octavo.checkpoint import CheckpointError, convert
 from octavo.checkpoint.write import CheckpointWriter
-from octavo.training.merge import merge
+from octavo.merging.merge import merge
 
 from .conftest import relative_error
 from .test_stream_convert import digest
@@ -225,7 +225,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(wide):
         "import sys, time; from octavo.checkpoint import write; write.SYNC_EVERY = 1; unit = write.write_unit\n"
         "def slow(*args):\n    time.sleep(0.02); return unit(*args)\n"
         "write.write_unit = slow\n"
-        "from octavo.training.merge import merge; merge(*sys.argv[1:])"
+        "from octavo.merging.merge import merge; merge(*sys.argv[1:])"
     )
     journal = wide / "out.partial" / "octavo-journal.jsonl"
     lines = []

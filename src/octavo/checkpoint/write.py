@@ -5,7 +5,7 @@ encoded, and written straight to its file: memory holds a few times the largest 
 
 Work happens in a staging folder (`OUT.partial`), with a journal; only when all is on the disk does the folder become `OUT`.
 The same work, started again after a crash, a full disk or Ctrl-C, goes on after the last finished unit and ends in the same
-bytes. Converting (`stream.py`) and merging (`octavo.training.merge`) both write through this.
+bytes. Converting (`stream.py`) and merging (`octavo.merging.merge`) both write through this.
 
 Example:
     >>> from octavo.checkpoint import convert

@@ -59,7 +59,7 @@ def bench(
 
     from rich.text import Text
 
-    from octavo.benchmark.run import Options, measure
+    from octavo.bench.run import Options, measure
 
     from .doctor import processor_name
 
@@ -75,7 +75,7 @@ def bench(
 
 
 def _show(found: dict[str, Any]) -> None:
-    from octavo.benchmark.load import warning
+    from octavo.bench.load import warning
 
     from .terminal import say, terminal
 
@@ -138,7 +138,7 @@ def _show_kernels(out: Any, kernels: list[dict[str, Any]]) -> None:
 
 
 def _show_model(out: Any, model: dict[str, Any]) -> None:
-    from octavo.benchmark.timing import ratios, spread
+    from octavo.bench.timing import ratios, spread
 
     from .terminal import say, show_table
 

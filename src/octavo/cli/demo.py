@@ -122,7 +122,7 @@ def _write(console: Any, out: Path, prompt: str, seed: int, max_new_tokens: int)
     import torch
 
     from octavo import load, load_tokenizer
-    from octavo.serving.generation import stream
+    from octavo.generation import stream
 
     from .terminal import say
 

@@ -88,8 +88,8 @@ def generate(
 
     import torch
 
+    from octavo.generation import stream
     from octavo.loading import load, load_tokenizer
-    from octavo.serving.generation import stream
     from octavo.training.prompts import encode, read_prompts
 
     quiet_libraries()

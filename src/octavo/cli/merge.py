@@ -56,7 +56,7 @@ def merge(
 
     choose_place(Path(out), check_model(model, adapter=adapter), overwrite)
 
-    from octavo.training.merge import merge as run
+    from octavo.merging.merge import merge as run
 
     messages = terminal(stderr=True)
     try:

@@ -72,7 +72,7 @@ def plan(
 
     import torch
 
-    from octavo.training import memory as estimates
+    from octavo.planning import memory as estimates
     from octavo.training.data import check_length
     from octavo.training.recipe import Recipe
 

@@ -1,8 +1,8 @@
 """Two engines, each in a process of its own, take turns; every round carries what disturbed it.
 
 Example:
-    >>> from octavo.benchmark.turns import take_turns
-    >>> with Worker("octavo.benchmark.models:Quantized", threads=1, source="model", device="cpu") as worker:
+    >>> from octavo.bench.turns import take_turns
+    >>> with Worker("octavo.bench.models:Quantized", threads=1, source="model", device="cpu") as worker:
     ...     found = take_turns({"octavo": worker}, "decode", 8, rounds=2)
     >>> len(found["octavo"])           # tokens per second, by round
     2

@@ -5,7 +5,7 @@ not ours), and the host of a virtual machine gives the cores to others (steal). 
 neighbour that uses up the memory's bandwidth: `turns` can read the memory in each round for that.
 
 Example:
-    >>> from octavo.benchmark.load import Meter
+    >>> from octavo.bench.load import Meter
     >>> meter = Meter()
     >>> sorted(meter.since())
     ['others', 'steal']

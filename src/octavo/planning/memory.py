@@ -33,11 +33,11 @@ from ..config import OctavoConfig
 from ..model import plan_model, set_parameter
 from ..ops import blocks_per_row
 from ..tensor import OctavoTensor
+from ..training.adapters import add_adapters
+from ..training.loss import language_model_loss
+from ..training.prepare import prepare_for_training
+from ..training.recipe import Recipe
 from . import even_experts as experts
-from .adapters import add_adapters
-from .loss import language_model_loss
-from .prepare import prepare_for_training
-from .recipe import Recipe
 
 # What a process takes before the model: the CUDA context with the libraries' kernels and cuBLAS's workspace
 # on a GPU. A rule of thumb: it varies with the driver and the GPU by some hundred MiB.

@@ -1,6 +1,6 @@
 """Whole models: prefill, decoding, what the model is made of; in 8 bits, and the same in float.
 
-The classes at the end are engines for `octavo.benchmark.process`. `prefill` and `decode` take any transformers model, whatever
+The classes at the end are engines for `octavo.bench.process`. `prefill` and `decode` take any transformers model, whatever
 its weights are.
 
 Example:
@@ -65,7 +65,7 @@ def decode(model: Any, tokens: int, past: Any = None, step: Any = step) -> float
 
 
 class Engine:
-    """A loaded model behind the requests of `octavo.benchmark.process`."""
+    """A loaded model behind the requests of `octavo.bench.process`."""
 
     def __init__(self, model: Any):
         if not model.can_generate() or model.config.is_encoder_decoder:

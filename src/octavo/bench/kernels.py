@@ -5,7 +5,7 @@ goes through STREAM_BYTES of weights, as many copies of the matrix as that takes
 cache, as they do in a model larger than the caches.
 
 Example:
-    >>> from octavo.benchmark.kernels import linear
+    >>> from octavo.bench.kernels import linear
     >>> found = linear(512, 512, "cpu", rounds=2, stream_bytes=1 << 20)
     >>> found["weights_per_second"]["octavo"]["median"] > 0
     True

@@ -1,7 +1,7 @@
 """All that `octavo bench` measures, as one JSON object.
 
 Example:
-    >>> from octavo.benchmark.run import Options, measure
+    >>> from octavo.bench.run import Options, measure
     >>> found = measure(Options(kernels_only=True, quick=True))
     >>> found["kernels"][0]["share"]["median"] > 0     # of the bandwidth of a pure reading loop
     True
@@ -181,7 +181,7 @@ def measure_model(
 
 
 def _start(engine: str, source: str, place: torch.device, dtype: str | None) -> Worker:
-    factory = f"octavo.benchmark.models:{engine}"
+    factory = f"octavo.bench.models:{engine}"
     return Worker(factory, torch.get_num_threads(), source=source, device=str(place), dtype=dtype)
 
 

@@ -1,7 +1,7 @@
 """Functions timed in turns, so that a ratio compares two measurements made moments apart; medians and ranges.
 
 Example:
-    >>> from octavo.benchmark.timing import alternate
+    >>> from octavo.bench.timing import alternate
     >>> len(alternate({"nothing": lambda: None}, rounds=3)["nothing"])
     3
 """

@@ -7,7 +7,7 @@
     models   prefill and decoding of a whole model, in 8 bits and in float
 
 Example:
-    >>> from octavo.benchmark.timing import spread
+    >>> from octavo.bench.timing import spread
     >>> spread([1.0, 2.0, 3.0])
     {'median': 2.0, 'low': 1.0, 'high': 3.0}
 """

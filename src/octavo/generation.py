@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from ..training.prompts import Encoded, encode
+from .training.prompts import Encoded, encode
 
 
 @dataclass(frozen=True)

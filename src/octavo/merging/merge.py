@@ -31,8 +31,8 @@ from ..checkpoint.write import MAX_SHARD_SIZE, CheckpointWriter, Progress
 from ..config import OctavoConfig
 from ..model import Entry, Plan, holds_transpose, plan_model
 from ..quantizer import Packed
+from ..training.prompts import read_prompts
 from .adapter_files import Adapter
-from .prompts import read_prompts
 
 TYPES = {"8bit": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -1,14 +1,14 @@
 """An engine in a process of its own, so that its memory and its threads are its own: both ends of the pipe.
 
-    python -m octavo.benchmark.process MODULE:NAME THREADS '{"argument": ...}'
+    python -m octavo.bench.process MODULE:NAME THREADS '{"argument": ...}'
 
 makes `engine = MODULE.NAME(argument=...)` and then answers requests on standard input, one JSON object a line:
 {"do": "decode", "with": {"tokens": 8}} → {"result": engine.decode(tokens=8)}; "peak_memory" and "page_kinds" are the process's.
 Its first line is {"result": null} once the engine is ready. An error is {"error": type, "message": text}, and ends it.
 
 Example:
-    >>> from octavo.benchmark.process import Worker
-    >>> with Worker("octavo.benchmark.models:Quantized", threads=1, source="model", device="cpu") as worker:
+    >>> from octavo.bench.process import Worker
+    >>> with Worker("octavo.bench.models:Quantized", threads=1, source="model", device="cpu") as worker:
     ...     seconds = worker.ask("decode", tokens=8)
 """
 
