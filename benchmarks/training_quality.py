@@ -1,6 +1,6 @@
 """What training on 8-bit weights costs: adapters on SmolLM2-135M in 8 bits, and on the float32 weights it was made from.
 
-Both runs are `octavo.training.run.finetune_model` with the same data in the same order, the same seeds and the same adapters
+Both runs are `octavo.training.finetune.finetune_model` with the same data in the same order, the same seeds and the same adapters
 at the start; only the frozen weights differ. Reported: validation loss before and after, and the mean training loss of the
 last ten steps, with the relative difference. The text is the first part of Proverbs (in `octavo.demo`), the validation set
 its last lines.
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import octavo
 from octavo import demo
-from octavo.training import run as training
+from octavo.training import finetune as training
 from octavo.training.data import tokenize
 from octavo.training.recipe import Recipe
 from octavo.training.records import read_records, split_records

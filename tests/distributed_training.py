@@ -19,8 +19,8 @@ import torch.distributed as dist
 import octavo
 from octavo.training.adapters import add_adapters
 from octavo.training.data import collate
+from octavo.training.finetune import finetune_model
 from octavo.training.loss import language_model_loss
-from octavo.training.run import finetune_model
 from octavo.training.sharding import leave_together
 from tests.test_training_run import SMALL, model_and_data, training_losses
 from tests.training_models import frozen_bytes

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import octavo
 from benchmarks import conversion, cpu_report, page_cache
-from octavo.bench import kernels, load, models, run, turns
+from octavo.bench import kernels, load, measure, models, turns
 from octavo.bench.process import Worker, WorkerError
 from octavo.bench.timing import alternate, ratios, spread
 from octavo.cli import app
@@ -240,28 +240,28 @@ def test_a_model_that_does_not_write_is_refused():
 )
 def test_what_a_user_can_mend_is_an_error_that_says_so(options, message):
     with pytest.raises((ValueError, OSError), match=message):
-        run.measure(run.Options(quick=True, **options))
+        measure.measure(measure.Options(quick=True, **options))
 
 
 def test_a_model_too_large_for_the_memory_is_left_out(monkeypatch):
     free = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1 << 30))
-    assert run._too_large(1 << 29, torch.device("cpu")) is None
-    assert "2.0 GiB, and 1.0 GiB are free" in run._too_large(2 << 30, torch.device("cpu"))
+    assert measure._too_large(1 << 29, torch.device("cpu")) is None
+    assert "2.0 GiB, and 1.0 GiB are free" in measure._too_large(2 << 30, torch.device("cpu"))
 
 
 def test_a_short_context_shortens_what_is_measured():
-    options = run.Options(tokens=100, prefill=300)
-    assert run._lengths(64, options) == {"decode": 56, "prefill": 64}
-    assert run._lengths(None, options) == {"decode": 100, "prefill": 300}
+    options = measure.Options(tokens=100, prefill=300)
+    assert measure._lengths(64, options) == {"decode": 56, "prefill": 64}
+    assert measure._lengths(None, options) == {"decode": 100, "prefill": 300}
 
 
 @pytest.fixture
 def measured(quantized, monkeypatch) -> dict:
     """A whole quick run on the tiny model."""
     monkeypatch.setitem(kernels.STREAM_BYTES, "cpu", 1 << 20)
-    options = run.Options(model=str(quantized), tokens=4, prefill=16, quick=True, device="cpu")
-    return run.measure(options, "a processor")
+    options = measure.Options(model=str(quantized), tokens=4, prefill=16, quick=True, device="cpu")
+    return measure.measure(options, "a processor")
 
 
 def test_a_whole_run_and_its_tables(measured, capsys):
@@ -285,8 +285,10 @@ def test_a_whole_run_and_its_tables(measured, capsys):
 
 def test_a_model_without_a_peer_is_measured_alone(quantized, monkeypatch, capsys):
     monkeypatch.setitem(kernels.STREAM_BYTES, "cpu", 1 << 20)
-    monkeypatch.setattr(run, "_too_large", lambda needed, place: "it is too large")
-    found = run.measure(run.Options(model=str(quantized), tokens=2, prefill=4, quick=True, device="cpu"))
+    monkeypatch.setattr(measure, "_too_large", lambda needed, place: "it is too large")
+    found = measure.measure(
+        measure.Options(model=str(quantized), tokens=2, prefill=4, quick=True, device="cpu")
+    )
     assert found["model"]["peers"] == {} and len(found["model"]["alone"]["decode"]["octavo"]) >= 1
     _show(found)
     assert "Left out: float32: it is too large." in " ".join(capsys.readouterr().out.split())

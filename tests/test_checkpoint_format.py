@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 import octavo
 from octavo.checkpoint import convert, open_source
-from octavo.checkpoint.encode import _write_packed
-from octavo.checkpoint.report import report
-from octavo.checkpoint.shards import ShardFile, header_room
+from octavo.checkpoint.inspection import report
 from octavo.checkpoint.units import Output
+from octavo.checkpoint.writing.shards import ShardFile, header_room
+from octavo.checkpoint.writing.unit_writer import _write_packed
 from octavo.model import Entry
 from octavo.quantizer import quantize_parameter
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import octavo
 from octavo import ops
 from octavo.checkpoint import CheckpointError, convert, open_source
-from octavo.checkpoint.published import _canonical
+from octavo.checkpoint.reading.published import _canonical
 
 from .published import publish, tiny_gptj
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from octavo.checkpoint import CheckpointError, open_source
-from octavo.checkpoint.locate import download, locate, wanted_files
+from octavo.checkpoint.reading.locate import download, locate, wanted_files
 
 from .test_checkpoint_models import save
 

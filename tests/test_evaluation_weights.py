@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import octavo
-from octavo.checkpoint.report import report
+from octavo.checkpoint.inspection import report
 from octavo.evaluation import plots, weights
 
 from .published import publish, tiny_gptj

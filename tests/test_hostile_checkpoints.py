@@ -15,8 +15,8 @@ import torch
 
 import octavo
 from octavo.checkpoint import CheckpointError, convert, open_source
-from octavo.checkpoint.report import report
-from octavo.checkpoint.shards import ShardFile
+from octavo.checkpoint.inspection import report
+from octavo.checkpoint.writing.shards import ShardFile
 
 from .test_checkpoint_models import save
 
@@ -231,13 +231,13 @@ def test_disk_that_fills_up_for_real(tmp_path):
         pytest.skip("needs the right to mount a tmpfs")
     try:
         save("llama", tmp_path / "plain")
-        from octavo.checkpoint import write
+        from octavo.checkpoint.writing import writer
 
-        aside, write.ASIDE_BYTES = write.ASIDE_BYTES, -(10**9)
+        aside, writer.ASIDE_BYTES = writer.ASIDE_BYTES, -(10**9)
         try:
             fails(tmp_path / "plain", small / "out", "disk is full")
         finally:
-            write.ASIDE_BYTES = aside
+            writer.ASIDE_BYTES = aside
         fails(tmp_path / "plain", small / "out", r"disk is full: .* more are needed, .* are free")
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -315,7 +315,7 @@ def test_config_of_another_model(plain, tmp_path):
 @pytest.mark.parametrize("kind", ["safetensors", "gguf", "bin", "legacy"])
 def test_random_damage_is_never_another_error(kind, tmp_path):
     """A few bytes of a header changed, or the end cut off: readable, or a CheckpointError."""
-    from octavo.checkpoint.gguf_header import read_gguf_header
+    from octavo.checkpoint.reading.gguf_header import read_gguf_header
 
     from .test_checkpoint_gguf import write_llama
 

@@ -10,7 +10,7 @@ import pytest
 
 import octavo
 from octavo.checkpoint import CheckpointError, convert
-from octavo.checkpoint.place import Place
+from octavo.checkpoint.writing.output_directory import Place
 
 from .test_checkpoint_models import save
 from .test_stream_convert import digest

@@ -10,7 +10,7 @@ import torch
 
 import octavo
 from octavo.checkpoint import convert, open_source
-from octavo.checkpoint.side_files import choose_side_files
+from octavo.checkpoint.reading.side_files import choose_side_files
 
 from .test_checkpoint_models import save
 
@@ -116,7 +116,7 @@ def test_out_within_the_source_does_not_swallow_itself(tmp_path):
 
 
 def test_a_source_in_a_crowded_folder_takes_what_lies_beside_it(tmp_path, monkeypatch):
-    from octavo.checkpoint import side_files
+    from octavo.checkpoint.reading import side_files
 
     monkeypatch.setattr(side_files, "MOST", 50)
     save("llama", tmp_path / "home")

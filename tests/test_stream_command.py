@@ -102,11 +102,11 @@ def test_ctrl_c_says_how_to_go_on(app, tmp_path):
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 8, 256, 1024
     build(config).save_pretrained(tmp_path / "plain")
     code = (
-        "import sys, time; from octavo.cli import main; from octavo.checkpoint import write; "
-        "write.SYNC_EVERY = 1;"
-        "unit = write.write_unit\n"
+        "import sys, time; from octavo.cli import main; from octavo.checkpoint.writing import writer; "
+        "writer.SYNC_EVERY = 1;"
+        "unit = writer.write_unit\n"
         "def slow(*args):\n    time.sleep(0.05); return unit(*args)\n"
-        "write.write_unit = slow\n"
+        "writer.write_unit = slow\n"
         "main()"
     )
     command = [sys.executable, "-c", code, "quantize", str(tmp_path / "plain"), str(tmp_path / "out")]

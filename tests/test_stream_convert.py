@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import octavo
 from octavo.checkpoint import CheckpointError, convert, open_source
-from octavo.checkpoint.report import report
+from octavo.checkpoint.inspection import report
 
 from .test_checkpoint_models import CONFIGS, build, logits, save
 
@@ -185,9 +185,9 @@ class Interrupted(Exception):
 
 def interrupt_after(count, monkeypatch, error):
     """Make the `count`-th unit fail with `error`, once."""
-    from octavo.checkpoint import write
+    from octavo.checkpoint.writing import writer
 
-    original, calls = write.write_unit, []
+    original, calls = writer.write_unit, []
 
     def failing(*args):
         calls.append(None)
@@ -195,14 +195,14 @@ def interrupt_after(count, monkeypatch, error):
             raise error
         return original(*args)
 
-    monkeypatch.setattr(write, "write_unit", failing)
+    monkeypatch.setattr(writer, "write_unit", failing)
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 15])
 def test_interrupted_conversion_goes_on_to_the_same_bytes(count, tmp_path, monkeypatch):
-    from octavo.checkpoint import write
+    from octavo.checkpoint.writing import writer
 
-    monkeypatch.setattr(write, "SYNC_EVERY", 1)
+    monkeypatch.setattr(writer, "SYNC_EVERY", 1)
     save("llama", tmp_path / "plain")
     options = {"max_shard_size": 60_000}
     convert(tmp_path / "plain", tmp_path / "whole", **options)
@@ -218,9 +218,9 @@ def test_interrupted_conversion_goes_on_to_the_same_bytes(count, tmp_path, monke
 
 
 def test_journal_cut_in_half_is_repaired(tmp_path, monkeypatch):
-    from octavo.checkpoint import write
+    from octavo.checkpoint.writing import writer
 
-    monkeypatch.setattr(write, "SYNC_EVERY", 1)
+    monkeypatch.setattr(writer, "SYNC_EVERY", 1)
     save("llama", tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "whole")
     with monkeypatch.context() as patched:
@@ -240,7 +240,8 @@ def test_kill_9_then_again(tmp_path):
     build(config).save_pretrained(tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "whole")
     code = (
-        "import sys; from octavo.checkpoint import convert, write; write.SYNC_EVERY = 1;"
+        "import sys; from octavo.checkpoint import convert; from octavo.checkpoint.writing import writer;"
+        "writer.SYNC_EVERY = 1;"
         "convert(sys.argv[1], sys.argv[2])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "plain"), str(tmp_path / "out")]
@@ -260,18 +261,18 @@ def test_kill_9_then_again(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path, monkeypatch):
-    from octavo.checkpoint import write
+    from octavo.checkpoint.writing import writer
 
     save("llama", tmp_path / "plain")
-    original = write.write_unit
+    original = writer.write_unit
 
     def meanwhile(*args):
         with pytest.raises(CheckpointError, match="another process"):
             convert(tmp_path / "plain", tmp_path / "out", overwrite=True)
-        monkeypatch.setattr(write, "write_unit", original)
+        monkeypatch.setattr(writer, "write_unit", original)
         return original(*args)
 
-    monkeypatch.setattr(write, "write_unit", meanwhile)
+    monkeypatch.setattr(writer, "write_unit", meanwhile)
     convert(tmp_path / "plain", tmp_path / "out")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from octavo.training import demo
 from octavo.training.demo import DEMO_RECIPE, finetune_demo, frozen_digest
-from octavo.training.run import Outcome
+from octavo.training.finetune import Outcome
 
 from .test_training_data import byte_tokenizer
 from .training_models import llama_tied, quantized

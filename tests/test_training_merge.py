@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import octavo
 from octavo.checkpoint import CheckpointError, convert
-from octavo.checkpoint.write import CheckpointWriter
+from octavo.checkpoint.writing.writer import CheckpointWriter
 from octavo.merging.merge import merge
 
 from .conftest import relative_error
@@ -222,9 +222,9 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(wide):
     """SIGKILL in the middle, again and again, until one run ends by itself: nothing appears under OUT before."""
     base, adapter, out = (str(wide / name) for name in ("base", "adapter", "out"))
     code = (
-        "import sys, time; from octavo.checkpoint import write; write.SYNC_EVERY = 1; unit = write.write_unit\n"
+        "import sys, time; from octavo.checkpoint.writing import writer; writer.SYNC_EVERY = 1; unit = writer.write_unit\n"
         "def slow(*args):\n    time.sleep(0.02); return unit(*args)\n"
-        "write.write_unit = slow\n"
+        "writer.write_unit = slow\n"
         "from octavo.merging.merge import merge; merge(*sys.argv[1:])"
     )
     journal = wide / "out.partial" / "octavo-journal.jsonl"
@@ -259,10 +259,10 @@ def octavo_units(folder):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_merge_onto_a_full_disk_goes_on_when_there_is_room(wide, monkeypatch):
-    from octavo.checkpoint import write
+    from octavo.checkpoint.writing import writer
 
-    monkeypatch.setattr(write, "SYNC_EVERY", 1)
-    original, calls = write.write_unit, []
+    monkeypatch.setattr(writer, "SYNC_EVERY", 1)
+    original, calls = writer.write_unit, []
 
     def full(*args):
         calls.append(None)
@@ -270,7 +270,7 @@ def test_a_merge_onto_a_full_disk_goes_on_when_there_is_room(wide, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*args)
 
-    monkeypatch.setattr(write, "write_unit", full)
+    monkeypatch.setattr(writer, "write_unit", full)
     with pytest.raises(CheckpointError, match=r"disk is full.*same command again"):
         merge(wide / "base", wide / "adapter", wide / "out")
     assert not (wide / "out").exists()

@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 
 import octavo
 from octavo.training.data import tokenize
+from octavo.training.finetune import finetune_model
 from octavo.training.folder import newest_checkpoint, refuse_to_overwrite
 from octavo.training.recipe import Recipe
-from octavo.training.run import finetune_model
 
 from .test_training_data import byte_tokenizer
 from .training_models import frozen_bytes, llama_tied, quantized
@@ -311,7 +311,7 @@ def test_curve_and_table_are_written(whole, tmp_path):
     pytest.importorskip("matplotlib")
     from rich.console import Console
 
-    from octavo.training.report import print_table, write_curve, write_log
+    from octavo.training.curves import print_table, write_curve, write_log
 
     _, outcome = whole
     assert write_curve(outcome.history, tmp_path / "loss.png", "a title")

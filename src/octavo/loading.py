@@ -132,7 +132,7 @@ def computing_type(own: torch.dtype, device: torch.device) -> torch.dtype:
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
-    from .checkpoint.source import COMPUTING_TYPES
+    from .checkpoint.reading.source import COMPUTING_TYPES
 
     found = COMPUTING_TYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if found not in COMPUTING_TYPES.values():

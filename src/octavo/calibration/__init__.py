@@ -12,6 +12,6 @@ Example:
     >>> result = convert("model", "calibrated", calibration=Calibration(["book.txt"], tokens=2048))
 """
 
-from .run import Calibration
+from .calibrate import Calibration
 
 __all__ = ["Calibration"]

@@ -1,7 +1,8 @@
 """Checkpoints on disk: read them lazily, convert them tensor by tensor.
 
 `open_source` looks into any supported checkpoint; `convert` writes an Octavo checkpoint from it, never
-holding more than about one tensor.
+holding more than about one tensor. `reading/` has a class for each format, `writing/` one writer for converting and merging;
+`inspection` is what `octavo inspect` reports.
 
 Example:
     >>> from octavo import OctavoConfig
@@ -14,18 +15,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import CheckpointError
-    from .open import open_source
-    from .result import ConvertResult
-    from .source import Source, TensorInfo
-    from .stream import convert
+    from .reading.open import open_source
+    from .reading.source import Source, TensorInfo
+    from .writing.convert import convert
+    from .writing.result import ConvertResult
 
 _HOMES = {
     "CheckpointError": "errors",
-    "ConvertResult": "result",
-    "Source": "source",
-    "TensorInfo": "source",
-    "convert": "stream",
-    "open_source": "open",
+    "ConvertResult": "writing.result",
+    "Source": "reading.source",
+    "TensorInfo": "reading.source",
+    "convert": "writing.convert",
+    "open_source": "reading.open",
 }
 __all__ = ["CheckpointError", "ConvertResult", "Source", "TensorInfo", "convert", "open_source"]
 

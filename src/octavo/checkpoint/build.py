@@ -23,8 +23,8 @@ from ..config import OctavoConfig
 from ..model import Plan, plan_model
 from ..quantizer import Packed, quantize_parameter
 from ..tensor import SUFFIXES
+from .reading.source import Source
 from .skeleton import build_skeleton, model_class_of
-from .source import Source
 from .units import Unit, plan_units
 
 

@@ -24,7 +24,7 @@ import torch
 
 from ..model import holds_transpose
 from .errors import CheckpointError
-from .source import Source
+from .reading.source import Source
 
 
 @dataclass

@@ -24,7 +24,7 @@ from ..model import Entry, Plan
 from ..quantizer import SHORTEST_REPEATED_BLOCK
 from .errors import CheckpointError
 from .names import Group, map_names, stored_names
-from .source import Source
+from .reading.source import Source
 
 Piece = tuple[str, torch.dtype, tuple[int, ...]]
 

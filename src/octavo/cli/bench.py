@@ -59,7 +59,7 @@ def bench(
 
     from rich.text import Text
 
-    from octavo.bench.run import Options, measure
+    from octavo.bench.measure import Options, measure
 
     from .doctor import processor_name
 

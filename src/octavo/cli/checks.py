@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint.locate import NEWEST, Hub, Location, locate, locate_adapter
+from octavo.checkpoint.reading.locate import NEWEST, Hub, Location, locate, locate_adapter
 
 # Ends of the names of classes that do not continue a text, and of those among them that do.
 OTHERS = (

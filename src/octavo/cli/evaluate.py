@@ -126,7 +126,7 @@ def evaluate(
             style="yellow",
         )
     if report is not None:
-        from octavo.evaluation.report import write_report
+        from octavo.evaluation.page import write_report
 
         with messages.status("Measuring each weight, drawing"):
             write_report(found, report, against=against)

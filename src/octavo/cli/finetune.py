@@ -190,10 +190,10 @@ def finetune(
 
     from octavo.loading import load, load_tokenizer
     from octavo.training.card import Origin
+    from octavo.training.curves import show_example
     from octavo.training.data import tokenize
+    from octavo.training.finetune import finetune_model, training_device, training_type
     from octavo.training.prompts import Prompts
-    from octavo.training.report import show_example
-    from octavo.training.run import finetune_model, training_device, training_type
     from octavo.training.sharding import leave_together, sharding_asked
 
     quiet_libraries()
@@ -237,7 +237,7 @@ def _show(messages: Any, outcome: Any, model: str, output: str, record: dict[str
     import shlex
     from pathlib import Path
 
-    from octavo.training.report import print_table
+    from octavo.training.curves import print_table
     from octavo.training.sharding import is_sharded
 
     from .terminal import say, say_command

@@ -46,7 +46,7 @@ def inspect(
     check_model(model)
     check_against(against)
 
-    from octavo.checkpoint.report import report
+    from octavo.checkpoint.inspection import report
 
     found = report(model, against)
     if as_json:

@@ -49,7 +49,7 @@ def merge(
     """
     import shlex
 
-    from octavo.checkpoint.place import choose_place
+    from octavo.checkpoint.writing.output_directory import choose_place
 
     from .checks import check_model
     from .terminal import bytes_progress, say, say_command, terminal

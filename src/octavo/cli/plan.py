@@ -59,7 +59,7 @@ def plan(
         octavo plan EleutherAI/gpt-j-6b --device cuda --memory 11GB
         octavo plan ./my-model-8bit --max-length 512 --batch-size 4
     """
-    from octavo.checkpoint.locate import locate_config
+    from octavo.checkpoint.reading.locate import locate_config
 
     from .terminal import quiet_libraries, say, terminal
 

@@ -96,8 +96,8 @@ def quantize(
         octavo quantize ./my-model ./my-model-8bit \\
             --calibrate novel.txt --calibrate manual.txt
     """
-    from octavo.checkpoint.locate import Hub
-    from octavo.checkpoint.place import choose_place
+    from octavo.checkpoint.reading.locate import Hub
+    from octavo.checkpoint.writing.output_directory import choose_place
 
     from .checks import check_model
     from .terminal import bytes_progress, quiet_loading, say, terminal, warnings_as_lines

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.shards import ShardFile, header_room
+from ..checkpoint.writing.shards import ShardFile, header_room
 from ..tensor import OctavoTensor
 from .scoring import Scored
 from .texts import Tokens

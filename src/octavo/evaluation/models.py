@@ -72,7 +72,7 @@ def load_as_it_is(
 
 def stored_bits(src: str | Path) -> float:
     """Stored bits a weight: of the matrices in 8 bits, scales and codebooks included; of a plain model, of all its matrices."""
-    from ..checkpoint.report import report
+    from ..checkpoint.inspection import report
 
     found = report(src)
     if found.quantized:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.report import Item
+from ..checkpoint.inspection import Item
 from .weights import Codebook, LayerError, kind_of, layer_of
 
 BLUE, ORANGE, GREY = "#2563ab", "#d9730d", "#8a8f98"

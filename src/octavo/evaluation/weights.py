@@ -3,7 +3,7 @@
 Everything is read tensor by tensor; no model is in memory.
 
 Example:
-    >>> from octavo.checkpoint.report import report
+    >>> from octavo.checkpoint.inspection import report
     >>> found = report("model-8bit", against="model")
     >>> f"{by_layer(found.quantized)[0].error:.1e}"
     '2.6e-05'
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from ..checkpoint import open_source
+from ..checkpoint.inspection import Item
 from ..checkpoint.names import map_names
-from ..checkpoint.report import Item
+from ..checkpoint.reading.source import Source
 from ..checkpoint.skeleton import build_skeleton
-from ..checkpoint.source import Source
 from ..config import OctavoConfig
 from ..model import plan_model
 
@@ -109,7 +109,7 @@ def codebooks(model: str | Path, against: str | Path | None, items: Sequence[Ite
     Args:
         model: a checkpoint in Octavo's format, or a published one.
         against: the checkpoint it was made from.
-        items: of `octavo.checkpoint.report.report(model)`.
+        items: of `octavo.checkpoint.inspection.report(model)`.
     """
     with open_source(model) as source:
         if against is None:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from ..checkpoint import CheckpointError, Source
-from ..checkpoint.adapters import is_embedding_adapter
 from ..checkpoint.names import map_names
-from ..checkpoint.octavo_source import rows_of
+from ..checkpoint.reading.octavo_source import rows_of
+from ..checkpoint.reading.published_adapters import is_embedding_adapter
 from ..model import holds_transpose
 from ..quantizer import Packed
 

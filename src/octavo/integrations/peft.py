@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.adapters import lora_options
-from ..checkpoint.locate import locate_adapter
+from ..checkpoint.reading.locate import locate_adapter
+from ..checkpoint.reading.published_adapters import lora_options
 from ..tensor import OctavoTensor
 
 ADAPTER_NAME = "published"

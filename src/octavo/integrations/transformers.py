@@ -22,8 +22,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.octavo_source import put_together
-from ..checkpoint.open import require_plain
+from ..checkpoint.reading.octavo_source import put_together
+from ..checkpoint.reading.open import require_plain
 from ..config import OctavoConfig as PlainConfig
 from ..model import Entry, Plan, dequantize_model, plan_model
 from ..tensor import SUFFIXES, OctavoTensor, pack

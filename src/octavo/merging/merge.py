@@ -2,7 +2,7 @@
 
 A merged model is one more source of a checkpoint: each weight that the adapter changes is read (de-quantized if it is in
 8 bits), gets `scale · B A` added in float32 (and for DoRA its magnitudes set); every other one is read as it is. It is written
-as `octavo quantize` writes (`octavo.checkpoint.write`): in 8 bits, where only the changed weights get codebooks fitted anew, or
+as `octavo quantize` writes (`checkpoint.writing.writer`): in 8 bits, where only the changed weights get codebooks fitted anew, or
 in 16 bits; with a journal, aside, and renamed when it is whole. Memory holds a few times the largest tensor, never the model.
 Weights that config.json ties, of which the adapter changes one, are untied on purpose: the copy's config.json says so.
 
@@ -22,12 +22,12 @@ import torch
 
 from ..checkpoint import open_source
 from ..checkpoint.names import map_names
-from ..checkpoint.octavo_source import OctavoSource
-from ..checkpoint.place import choose_place
+from ..checkpoint.reading.octavo_source import OctavoSource
+from ..checkpoint.reading.source import SourceOver, TensorInfo
 from ..checkpoint.skeleton import build_skeleton
-from ..checkpoint.source import SourceOver, TensorInfo
 from ..checkpoint.units import plan_units
-from ..checkpoint.write import MAX_SHARD_SIZE, CheckpointWriter, Progress
+from ..checkpoint.writing.output_directory import choose_place
+from ..checkpoint.writing.writer import MAX_SHARD_SIZE, CheckpointWriter, Progress
 from ..config import OctavoConfig
 from ..model import Entry, Plan, holds_transpose, plan_model
 from ..quantizer import Packed

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.locate import Location
+from ..checkpoint.reading.locate import Location
 
 VLLM, TRANSFORMERS = "vllm", "transformers"
 # What transformers' server needs, beside what Octavo brings.

@@ -1,8 +1,8 @@
 """Fine-tuning 8-bit models: adapters on frozen weights, through PEFT, transformers' Trainer and bitsandbytes.
 
-One job a file: `prepare` (a model ready for training), `recipe` (the options of a run), `data` (examples from
-files), `prompts` (how an adapter wants to be asked), `loss` (cross-entropy in chunks), `run` (the training itself),
-`folder`, `card` and `report` (what lands in its folder).
+One job per file: `prepare` (a model ready for training), `recipe` (the options of a run), `data` (examples from
+files), `prompts` (how an adapter wants to be asked), `loss` (cross-entropy in chunks), `finetune` (the training itself),
+`folder`, `card` and `curves` (what lands in its folder).
 
 Example:
     >>> from octavo.training import prepare_for_training, GradientGuard

@@ -94,7 +94,7 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    from .report import HEADINGS, loss_rows
+    from .curves import HEADINGS, loss_rows
 
     base, folder, out = origin.absolute_base, Path(folder), str(out or folder)
     rows = loss_rows(history)

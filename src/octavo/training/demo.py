@@ -21,9 +21,9 @@ from ..evaluation.perplexity import Perplexity, perplexity
 from ..tensor import SUFFIXES, OctavoTensor
 from .card import Origin
 from .data import Example, tokenize
+from .finetune import Outcome, finetune_model
 from .prompts import Prompts
 from .recipe import Recipe
-from .run import Outcome, finetune_model
 
 # Chosen by chapters 3, 8, 13, ..., which that choice neither learned nor reported (earlier recipes were also looked at on the
 # reported ones; docs/TRAINING.md has the numbers). Two things matter. The embedding gets no adapter: PEFT starts its B at

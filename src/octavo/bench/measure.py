@@ -1,7 +1,7 @@
 """All that `octavo bench` measures, as one JSON object.
 
 Example:
-    >>> from octavo.bench.run import Options, measure
+    >>> from octavo.bench.measure import Options, measure
     >>> found = measure(Options(kernels_only=True, quick=True))
     >>> found["kernels"][0]["share"]["median"] > 0     # of the bandwidth of a pure reading loop
     True

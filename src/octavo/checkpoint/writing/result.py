@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .encode import Row
+from .unit_writer import Row
 
 
 @dataclass

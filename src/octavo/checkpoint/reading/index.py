@@ -4,7 +4,7 @@
     ...}}
 
 Example:
-    >>> from octavo.checkpoint.index import read_index
+    >>> from octavo.checkpoint.reading.index import read_index
     >>> index = Path("model.safetensors.index.json")
     >>> _ = index.write_text('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}')
     >>> read_index(index)
@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 
 def read_index(path: Path) -> dict[str, str]:

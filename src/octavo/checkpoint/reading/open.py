@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from .bin_source import BinSource
-from .errors import CheckpointError
 from .gguf_source import GgufSource
 from .locate import Hub, Location, locate
 from .octavo_source import OctavoSource

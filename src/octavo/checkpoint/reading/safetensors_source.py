@@ -6,7 +6,7 @@ The header is parsed here rather than by the library, so that a damaged file is 
 can be given back.
 
 Example:
-    >>> from octavo.checkpoint.safetensors_source import read_header
+    >>> from octavo.checkpoint.reading.safetensors_source import read_header
     >>> header, start = read_header(Path("model/model.safetensors"))
     >>> header["lm_head.weight"].shape
     (4096, 256)
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .index import check_against_index
 from .source import Source, TensorInfo
 

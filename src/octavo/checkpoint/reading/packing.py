@@ -12,7 +12,7 @@ type, or one with scales beside it, is never a plain matrix. What can be de-quan
 Anything else is one error that names the method.
 
 Example:
-    >>> from octavo.checkpoint.packing import find_packed
+    >>> from octavo.checkpoint.reading.packing import find_packed
     >>> find_packed(source)            # of an FP8 model: {'model.layers.0.mlp.up_proj.weight': PackedWeight('FP8', ...)}
     {}
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .side_files import SIDECARS
 from .source import Source, TensorInfo, read_config
 

@@ -8,7 +8,7 @@ Everything lands in the output folder:
     loss.png, training.json, runs/                   curve, table, TensorBoard logs
 
 Example:
-    >>> from octavo.training.run import finetune_model
+    >>> from octavo.training.finetune import finetune_model
     >>> examples = [{"input_ids": ids[:64].tolist(), "labels": ids[:64].tolist()}] * 4
     >>> tuned = octavo.load("model-8bit", dtype="float32")
     >>> outcome = finetune_model(tuned, tokenizer, examples, examples, Recipe(max_steps=1), "tuned")
@@ -33,11 +33,11 @@ from transformers.trainer_utils import SaveStrategy
 
 from .adapters import add_adapters
 from .card import Origin, card_callback, write_card
+from .curves import write_curve, write_log
 from .data import Example, check_length, collate
 from .folder import ADAPTER, check_space, move_into, newest_checkpoint, told_of_a_full_disk
 from .prepare import GradientGuard, LossGuard, prepare_for_training
 from .recipe import Recipe
-from .report import write_curve, write_log
 from .sharding import held_bytes, keep_accelerate_from_sharding, shard_frozen, sharding_asked
 from .trainer import OctavoTrainer, Progress, StopOnInterrupt
 

@@ -74,7 +74,7 @@ def write_report(found: Evaluation, folder: str | Path, against: str | Path | No
 
 def _draw(found: Evaluation, folder: Path, against: str | Path | None) -> list[str]:
     """Draw what there is something to draw of. Returns the names of the plots."""
-    from ..checkpoint.report import report
+    from ..checkpoint.inspection import report
     from . import plots, weights
 
     plots.plot_perplexity([point_of(found)], folder / "perplexity.png", base_of(found))

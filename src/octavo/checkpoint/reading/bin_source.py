@@ -5,7 +5,7 @@ knows tensors and plain containers and refuses everything else. Files in the zip
 later) are memory-mapped, older ones are read into memory.
 
 Example:
-    >>> from octavo.checkpoint.bin_source import load_tensors
+    >>> from octavo.checkpoint.reading.bin_source import load_tensors
     >>> load_tensors(Path("published/pytorch_model.bin"))["lm_head.weight"].shape
     torch.Size([300, 64])
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .index import check_against_index
 from .source import Source, TensorInfo
 

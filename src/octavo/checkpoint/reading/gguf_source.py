@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from .source import Source, TensorInfo
 
@@ -73,7 +73,7 @@ class GgufSource(Source):
     def _map_names(self) -> None:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-        from .skeleton import build_skeleton
+        from ..skeleton import build_skeleton
 
         model = build_skeleton(self.model_config())
         try:

@@ -8,7 +8,7 @@
     a mount point, or in a read-only folder       OUT/.octavo-partial        its files move up one by one, config.json last
 
 Example:
-    >>> from octavo.checkpoint.place import choose_place
+    >>> from octavo.checkpoint.writing.output_directory import choose_place
     >>> choose_place(Path("out"), source, overwrite=False).partial.name
     'out.partial'
 """
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import CheckpointError
-from .locate import Location
+from ..errors import CheckpointError
+from ..reading.locate import Location
 
 if TYPE_CHECKING:
-    from .source import Source
+    from ..reading.source import Source
 
 # Places of each file, evenly spread, that its fingerprint looks at, and bytes at each.
 SAMPLES = 16

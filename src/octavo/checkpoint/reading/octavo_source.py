@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from .. import ops
-from ..config import OctavoConfig, stored_block_size
-from ..quantizer import Packed
-from ..tensor import SUFFIXES, OctavoTensor
-from .errors import CheckpointError
+from ... import ops
+from ...config import OctavoConfig, stored_block_size
+from ...quantizer import Packed
+from ...tensor import SUFFIXES, OctavoTensor
+from ..errors import CheckpointError
 from .source import Source, SourceOver, TensorInfo
 
 

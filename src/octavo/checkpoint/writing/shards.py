@@ -6,7 +6,7 @@ the header is written last.
 
 Example:
     >>> import torch
-    >>> from octavo.checkpoint.shards import ShardFile, header_room
+    >>> from octavo.checkpoint.writing.shards import ShardFile, header_room
     >>> pieces = [("a", torch.float32, (2, 2))]
     >>> shard = ShardFile(Path("a.safetensors"), header_room(pieces))
     >>> shard.write(shard.reserve(*pieces[0]), torch.ones(2, 2))                  # bytes
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from .safetensors_source import DTYPE_NAMES, MAX_HEADER
-from .units import Piece, Unit, piece_nbytes
+from ..reading.safetensors_source import DTYPE_NAMES, MAX_HEADER
+from ..units import Piece, Unit, piece_nbytes
 
 # Data starts on a multiple of this, so that a mapped file's tensors are aligned for vector loads.
 ALIGNMENT = 64

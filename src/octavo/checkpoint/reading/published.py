@@ -26,9 +26,9 @@ from collections.abc import Mapping
 
 import torch
 
-from ..config import OctavoConfig
-from ..quantizer import SHORTEST_REPEATED_BLOCK, Packed
-from .errors import CheckpointError
+from ...config import OctavoConfig
+from ...quantizer import SHORTEST_REPEATED_BLOCK, Packed
+from ..errors import CheckpointError
 from .source import Source, SourceOver, TensorInfo
 
 BLOCK_SIZES = (4096, 2048, 1024, 512, 256, 128, 64)

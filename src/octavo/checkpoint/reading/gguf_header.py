@@ -9,7 +9,7 @@ The gguf package reads this too, but makes an object of each token of the vocabu
 the file. Here arrays of strings are stepped over, and every length is checked against the file's size.
 
 Example:
-    >>> from octavo.checkpoint.gguf_header import read_gguf_header
+    >>> from octavo.checkpoint.reading.gguf_header import read_gguf_header
     >>> read_gguf_header(Path("model.gguf")).metadata["general.architecture"]
     'llama'
 """
@@ -21,7 +21,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -1,7 +1,7 @@
 """Convert a checkpoint to Octavo's format, tensor by tensor.
 
 Which parameters are quantized is decided on a model without weights, exactly as for a live one. The writing is
-`octavo.checkpoint.write`'s.
+`octavo.checkpoint.writing.writer`'s.
 
 Example:
     >>> from octavo.checkpoint import convert
@@ -15,18 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import OctavoConfig
-from ..model import plan_model
+from ...config import OctavoConfig
+from ...model import plan_model
+from ..errors import CheckpointError
+from ..reading.octavo_source import OctavoSource
+from ..reading.open import open_source
+from ..reading.source import Source
+from ..skeleton import build_skeleton
+from ..units import Unit, UntiedError, plan_units
 from .calibrator import Calibrator
-from .errors import CheckpointError
-from .octavo_source import OctavoSource
-from .open import open_source
-from .place import choose_place
+from .output_directory import choose_place
 from .result import ConvertResult
-from .skeleton import build_skeleton
-from .source import Source
-from .units import Unit, UntiedError, plan_units
-from .write import MAX_SHARD_SIZE, CheckpointWriter, Progress
+from .writer import MAX_SHARD_SIZE, CheckpointWriter, Progress
 
 # Where config.json says that, and on what, the codes were calibrated. Information: any reader may ignore it.
 CALIBRATION_KEY = "octavo_calibration"

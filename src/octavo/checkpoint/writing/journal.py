@@ -9,7 +9,7 @@ journal says can be relied on after a crash, and a last line cut in half is igno
     "rows": [...]} {"shard": 0, "whole": true}
 
 Example:
-    >>> from octavo.checkpoint.journal import Journal
+    >>> from octavo.checkpoint.writing.journal import Journal
     >>> head = {"source": "model", "options": {}, "plan": []}
     >>> Journal.create(Path("out.partial"), head).close()
     >>> Journal.resume(Path("out.partial"), head).units
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 NAME = "octavo-journal.jsonl"
 VERSION = 1

@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 
 class Calibration:
-    """Chooses codes by the output's error on text: what a conversion takes for an `octavo.checkpoint.calibrator.Calibrator`.
+    """Chooses codes by the output's error on text: a conversion's `octavo.checkpoint.writing.calibrator.Calibrator`.
 
     Args:
         texts: text files.

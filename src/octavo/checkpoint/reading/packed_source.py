@@ -1,4 +1,4 @@
-"""Checkpoints packed by other methods, de-quantized exactly: FP8, int8 by rows, MXFP4 (`octavo.checkpoint.packing`).
+"""Checkpoints packed by other methods, de-quantized exactly: FP8, int8 by rows, MXFP4 (`octavo.checkpoint.reading.packing`).
 
 Many of these have no 16-bit original. A value is what the method's own code computes, in float32:
 
@@ -10,7 +10,7 @@ Many of these have no 16-bit original. A value is what the method's own code com
                          them exactly. GPT-OSS keeps [experts, out, in] in the file, [experts, in, out] in the model.
 
 Example:
-    >>> from octavo.checkpoint.packed_source import scaled
+    >>> from octavo.checkpoint.reading.packed_source import scaled
     >>> scaled(torch.ones(2, 4, dtype=torch.int8), torch.tensor([[1.0, 2.0]]), grid=[2, 2])
     tensor([[1., 1., 2., 2.],
             [1., 1., 2., 2.]])
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .packing import HARMLESS, PackedWeight, declarations
 from .source import Source, SourceOver, TensorInfo
 
@@ -42,7 +42,7 @@ class PackedSource(SourceOver):
     packed.
 
     Args:
-        packed: `octavo.checkpoint.packing.find_packed(inner)`.
+        packed: `octavo.checkpoint.reading.packing.find_packed(inner)`.
 
     Raises:
         CheckpointError: if scales do not fit a weight.

@@ -4,7 +4,7 @@ checkpoint.
 Works from headers; data is read only where errors are asked for, one parameter at a time.
 
 Example:
-    >>> from octavo.checkpoint.report import report
+    >>> from octavo.checkpoint.inspection import report
     >>> found = report("model-8bit", against="model")
     >>> f"{found.bits_per_weight:.2f} bits, error {found.error:.1e}, of {found.coverage:.0%} of all weights"
     '8.30 bits, error 2.7e-05, of 100% of all weights'
@@ -20,13 +20,13 @@ import torch
 
 from ..config import OctavoConfig
 from ..model import plan_model
-from .encode import PANEL_WEIGHTS
 from .errors import CheckpointError
 from .names import map_names
-from .octavo_source import OctavoSource, rows_of
-from .open import open_source
+from .reading.octavo_source import OctavoSource, rows_of
+from .reading.open import open_source
+from .reading.source import Source
 from .skeleton import build_skeleton
-from .source import Source
+from .writing.unit_writer import PANEL_WEIGHTS
 
 
 @dataclass

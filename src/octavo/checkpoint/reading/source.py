@@ -1,6 +1,6 @@
 """A checkpoint on disk, seen lazily: names, shapes and types first, data tensor by tensor.
 
-`Source` is what every kind of checkpoint offers; `octavo.checkpoint.open` says which kinds there are.
+`Source` is what every kind of checkpoint offers; `octavo.checkpoint.reading.open` says which kinds there are.
 
 Example:
     >>> from octavo.checkpoint import open_source
@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from ..config import OctavoConfig
-from ..quantizer import Packed
-from .errors import CheckpointError
+from ...config import OctavoConfig
+from ...quantizer import Packed
+from ..errors import CheckpointError
 from .side_files import side_files
 
 COMPUTING_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,7 +57,7 @@ class Source:
     """A lazily read checkpoint. Use as a context manager, or call `close`.
 
     Attributes:
-        kind: what it is, in a word (`octavo.checkpoint.open` lists them).
+        kind: what it is, in a word (`octavo.checkpoint.reading.open` lists them).
         native: whether transformers' `from_pretrained` reads these files as they are.
         eight_bit: whether its weights lie in blocks of 8 bits already: Octavo's format, or a published checkpoint.
         rows_are_outputs: whether matrices are listed and read as [out, in] even where the model holds the transpose.

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..config import OctavoConfig
-from ..quantizer import Packed
-from .source import Source
+from ...config import OctavoConfig
+from ...quantizer import Packed
+from ..reading.source import Source
 
 
 class Calibrator(Protocol):

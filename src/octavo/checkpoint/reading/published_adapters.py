@@ -5,7 +5,7 @@ two `lora_A` [r, in] and `lora_B` [out, r], for embeddings `lora_embedding_A` [r
 [dim, r].
 
 Example:
-    >>> from octavo.checkpoint.adapters import save_peft_adapter
+    >>> from octavo.checkpoint.reading.published_adapters import save_peft_adapter
     >>> adapters = {"transformer.h.0.attn.q_proj": (torch.randn(4, 256), torch.zeros(256, 4))}
     >>> Path("adapter").mkdir()
     >>> save_peft_adapter(adapters, Path("adapter"), base="model")

@@ -1,7 +1,7 @@
 """Find a checkpoint's files: in a folder, as one file, or on the hub.
 
 Example:
-    >>> from octavo.checkpoint.locate import locate
+    >>> from octavo.checkpoint.reading.locate import locate
     >>> locate("model").files
     [PosixPath('model/model.safetensors')]
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .side_files import SENTENCE_MODULES, SIDECARS, choose_side_files, sentence_parts
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -288,7 +288,7 @@ def _cached(repository: str, hub: Hub, why: str) -> Path:
 
 def wanted_files(files: list[str], parts: Iterable[str] = (), trust_remote_code: bool = False) -> list[str]:
     """Of a repository's files, those that a conversion needs: one format of weights, config.json, and what belongs to the
-    model besides (`octavo.checkpoint.side_files`).
+    model besides (`octavo.checkpoint.reading.side_files`).
 
     Weights only at the top: sub-folders hold other formats or other models.
     """

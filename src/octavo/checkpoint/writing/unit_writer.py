@@ -4,8 +4,8 @@ The numbers are those of `octavo.quantizer.quantize_parameter` on the whole para
 only cut up so that one expert at a time is in memory.
 
 Example:
-    >>> from octavo.checkpoint.encode import write_unit
-    >>> from octavo.checkpoint.shards import ShardFile, header_room
+    >>> from octavo.checkpoint.writing.unit_writer import write_unit
+    >>> from octavo.checkpoint.writing.shards import ShardFile, header_room
     >>> from octavo.checkpoint.skeleton import build_skeleton
     >>> from octavo.checkpoint.units import plan_units
     >>> from octavo.model import plan_model
@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
-from .. import ops
-from ..quantizer import Packed, quantize_parameter, scale_dtype
+from ... import ops
+from ...quantizer import Packed, quantize_parameter, scale_dtype
+from ..errors import CheckpointError
+from ..reading.source import Source
+from ..units import Output, Unit
 from .calibrator import Calibrator
-from .errors import CheckpointError
 from .shards import ShardFile
-from .source import Source
-from .units import Output, Unit
 
 # Weights compared at a time when the error is measured: both panels, 1 MB each in float32, stay in a core's cache.
 PANEL_WEIGHTS = 1 << 18

@@ -5,7 +5,7 @@ encoded, and written straight to its file: memory holds a few times the largest 
 
 Work happens in a staging folder (`OUT.partial`), with a journal; only when all is on the disk does the folder become `OUT`.
 The same work, started again after a crash, a full disk or Ctrl-C, goes on after the last finished unit and ends in the same
-bytes. Converting (`stream.py`) and merging (`octavo.merging.merge`) both write through this.
+bytes. Converting (`convert.py`) and merging (`octavo.merging.merge`) both write through this.
 
 Example:
     >>> from octavo.checkpoint import convert
@@ -24,18 +24,18 @@ from typing import Any
 
 import torch
 
-from .adapters import save_peft_adapter
+from ..errors import CheckpointError
+from ..reading.locate import SAFETENSORS_INDEX
+from ..reading.published_adapters import save_peft_adapter
+from ..reading.safetensors_source import DTYPE_NAMES, DTYPES
+from ..reading.source import Source
+from ..units import Unit
 from .calibrator import Calibrator
-from .encode import Row, write_unit
-from .errors import CheckpointError
 from .journal import NAME as JOURNAL_NAME
 from .journal import InUseError, Journal
-from .locate import SAFETENSORS_INDEX
-from .place import Place, fingerprint
-from .safetensors_source import DTYPE_NAMES, DTYPES
+from .output_directory import Place, fingerprint
 from .shards import ShardFile, header_room, plan_shards, shard_names
-from .source import Source
-from .units import Unit
+from .unit_writer import Row, write_unit
 
 MAX_SHARD_SIZE = 5_000_000_000
 # A unit's line is written once its data is synced; syncing after every norm would cost more than redoing this
@@ -64,7 +64,7 @@ class CheckpointWriter:
         source: what is read.
         model: its model, on the meta device.
         units: what is written, `octavo.checkpoint.units.plan_units`.
-        place: where to, `octavo.checkpoint.place.choose_place`.
+        place: where to, `octavo.checkpoint.writing.output_directory.choose_place`.
         config_json: the contents of config.json; `dtype` is filled in.
         options: what, besides source and units, decides the bytes that are written: unfinished work of other options is
             not gone on with.
