@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -374,3 +375,84 @@ def test_nothing_there(tmp_path):
 
 def test_skip_pattern_that_matches_nothing(plain, tmp_path):
     fails(plain, tmp_path / "out", "matches no parameter", config=octavo.OctavoConfig(skip=["lm_haed"]))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "missing"])
+def test_what_is_no_file(plain, tmp_path, name, kind):
+    path = plain / name
+    path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    fails(plain, tmp_path / "out", f"{kind}|no weights")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", "x"),
+        ("hidden_size", -(2**63)),
+        ("tie_word_embeddings", [[]]),
+        ("dtype", 2**40),
+        ("vocab_size", 10**12),
+    ],
+)
+def test_configuration_with_values_of_another_kind(plain, tmp_path, key, value):
+    """For a plain folder and for one of ours, which transformers reads."""
+    octavo.load(plain, device="cpu").save_pretrained(tmp_path / "eight")
+    for folder in (plain, tmp_path / "eight"):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        for use in (partial(octavo.load, folder, device="cpu"), partial(convert, folder, tmp_path / "out")):
+            with pytest.raises(ValueError) as caught:
+                use()
+            assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_configuration_that_is_nested_too_deep(plain, tmp_path):
+    (plain / "config.json").write_text('{"a": ' * 50_000)
+    fails(plain, tmp_path / "out", "not valid JSON")
+
+
+@pytest.mark.parametrize("metadata", [[], 1, {"format": 1}])
+def test_metadata_of_another_kind(plain, tmp_path, metadata):
+    rewrite_header(plain / "model.safetensors", lambda header: header.update(__metadata__=metadata))
+    fails(plain, tmp_path / "out", "metadata")
+
+
+def test_a_float_parameter_that_is_missing_is_no_random_one(plain, tmp_path):
+    """transformers would initialize it, and only warn."""
+    octavo.load(plain, device="cpu").save_pretrained(tmp_path / "eight")
+    for folder in (plain, tmp_path / "eight"):
+        rewrite_header(
+            folder / "model.safetensors", lambda header: header.update(x=header.pop("model.norm.weight"))
+        )
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+            octavo.load(folder, device="cpu")
+
+
+def test_a_damaged_adapter(plain, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(octavo.load(plain, device="cpu"), LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    weights, config = (
+        tmp_path / "adapter" / "adapter_model.safetensors",
+        tmp_path / "adapter" / "adapter_config.json",
+    )
+    whole, settings = weights.read_bytes(), config.read_text()
+    for change in (whole[:8], whole[:-5], b"", whole + b"x"):
+        weights.write_bytes(change)
+        with pytest.raises(CheckpointError, match="download it again"):
+            octavo.load(plain, adapter=tmp_path / "adapter", device="cpu")
+    weights.write_bytes(whole)
+    for key, value in (("rank_pattern", 1e308), ("peft_type", 2**63), ("corda_config", 5)):
+        config.write_text(json.dumps({**json.loads(settings), key: value}))
+        with pytest.raises(ValueError) as caught:
+            octavo.load(plain, adapter=tmp_path / "adapter", device="cpu")
+        assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)

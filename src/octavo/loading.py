@@ -142,6 +142,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _load_pretrained(source: Any, dtype: torch.dtype, device: torch.device, config: OctavoConfig) -> Any:
     """Through transformers' own `from_pretrained`, which calls our plugin."""
+    from .checkpoint.errors import CheckpointError, library_errors, one_line
     from .checkpoint.skeleton import model_class_of
 
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
@@ -149,4 +150,20 @@ def _load_pretrained(source: Any, dtype: torch.dtype, device: torch.device, conf
         options["quantization_config"] = config
     # The class alone would read config.json as its own configuration: EXAONE's, whose class is Llama's, as Llama's.
     model_config = source.model_config()
-    return model_class_of(model_config).from_pretrained(str(source.folder), config=model_config, **options)
+    model_class = model_class_of(model_config)
+    try:
+        model, found = model_class.from_pretrained(
+            str(source.folder), config=model_config, output_loading_info=True, **options
+        )
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except library_errors() as error:
+        raise CheckpointError(f"{source.folder}: transformers cannot load it: {one_line(error)}") from error
+    if found["missing_keys"]:
+        # transformers makes random numbers of them, and a warning.
+        names = sorted(found["missing_keys"])
+        raise CheckpointError(
+            f"{source.folder}: {len(names)} parameters of {model_class.__name__} are in none of its files: "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; download it again"
+        )
+    return model

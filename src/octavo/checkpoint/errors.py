@@ -14,3 +14,24 @@ class CheckpointError(ValueError):
     Its message is one line for a person: it names the file or tensor, says what was expected and found, and
         what to do.
     """
+
+
+LONGEST_REASON = 300
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's error says, on one line of at most some LONGEST_REASON characters."""
+    text = " ".join(str(error).split())
+    return f"{text[:LONGEST_REASON]} ..." if len(text) > LONGEST_REASON else text or type(error).__name__
+
+
+def library_errors() -> tuple[type[Exception], ...]:
+    """What transformers, PEFT and safetensors raise over files and configurations that they cannot make sense of.
+
+    A configuration may hold anything, and they use its values before they check them.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    plain = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    return (*plain, OSError, ImportError, StrictDataclassError, SafetensorError)

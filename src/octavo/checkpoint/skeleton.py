@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
+from .errors import CheckpointError, library_errors, one_line
 
 
 def model_class_of(config: Any) -> Any:
@@ -24,6 +24,8 @@ def model_class_of(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list):
+        raise CheckpointError(f"config.json: architectures: expected a list of names, found {names!r:.60}")
     model_class = getattr(transformers, str(names[0]), None) if names else None
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         model_class = None
@@ -50,9 +52,9 @@ def build_skeleton(config: Any) -> Any:
     try:
         with torch.device("meta"), initialization.no_init_weights():
             model = model_class(config)
-    except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+    except library_errors() as error:
         raise CheckpointError(
-            f"config.json describes a {model_class.__name__} that cannot be built: {error}"
+            f"config.json describes a {model_class.__name__} that cannot be built: {one_line(error)}"
         ) from error
     model.tie_weights()
     return model.eval()

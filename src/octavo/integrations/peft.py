@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from ..checkpoint.errors import CheckpointError, library_errors, one_line
 from ..checkpoint.reading.locate import locate_adapter
 from ..checkpoint.reading.published_adapters import lora_options
+from ..checkpoint.reading.regular import require_regular
+from ..checkpoint.reading.safetensors_source import read_header
 from ..tensor import OctavoTensor
 
 ADAPTER_NAME = "published"
@@ -44,10 +48,20 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
         ValueError: if there is no adapter there, or one of another model.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ImportError("adapters need PEFT: `pip install 'octavo[train]'`") from error
     locate_adapter(adapter)
+    weights = Path(adapter) / "adapter_model.safetensors"
+    require_regular(weights)
+    if weights.exists():
+        read_header(weights)
+    try:
+        PeftConfig.from_pretrained(str(adapter))
+    except library_errors() as error:
+        raise CheckpointError(
+            f"{adapter}: PEFT cannot read its adapter_config.json: {one_line(error)}"
+        ) from error
     try:
         with warnings.catch_warnings():
             # Of thousands of names; `_not_of_this_model` says it in one line.
@@ -57,6 +71,8 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
             loaded = wrapped.load_adapter(str(adapter), name)
     except KeyError as error:
         raise _not_of_this_model(adapter, f"it holds no {error.args[0]}") from error
+    except (AttributeError, TypeError, OverflowError, SafetensorError) as error:
+        raise CheckpointError(f"{adapter}: PEFT cannot make an adapter of this: {one_line(error)}") from error
     except (RuntimeError, ValueError) as error:
         # The first of PEFT's lines is a heading, each that follows names a tensor.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..checkpoint.reading.regular import require_regular
+from ..checkpoint.reading.safetensors_source import read_header
+
 PREFIX = "base_model.model."
 SIDES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
@@ -51,10 +54,14 @@ class Adapter:
         from safetensors import safe_open
 
         self.folder = Path(folder)
+        weights = self.folder / "adapter_model.safetensors"
+        require_regular(weights)
+        if weights.exists():
+            read_header(weights)
         try:
             self.config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
-            self.file = safe_open(self.folder / "adapter_model.safetensors", "pt")
-        except OSError as error:
+            self.file = safe_open(weights, "pt")
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{folder}: expected a PEFT adapter folder with adapter_config.json and adapter_model.safetensors "
                 f"({error})"

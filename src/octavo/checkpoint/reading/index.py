@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .regular import require_regular
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -24,10 +25,11 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: if the index is malformed, or names a file outside its folder.
     """
+    require_regular(path)
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = set(weight_map.values())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: expected a JSON object with a weight_map of names to files ({error}); download it again"
         ) from None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .regular import require_regular
 from .side_files import SENTENCE_MODULES, SIDECARS, choose_side_files, sentence_parts
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -72,6 +73,13 @@ def locate(src: str | Path, hub: Hub = NEWEST) -> Location:
     Raises:
         CheckpointError: if there is no checkpoint there.
     """
+    location = _locate(src, hub)
+    for path in (*location.files, *((location.index,) if location.index else ())):
+        require_regular(path)
+    return location
+
+
+def _locate(src: str | Path, hub: Hub) -> Location:
     path = Path(src).expanduser()
     if path.is_file():
         return _locate_file(path)

@@ -90,7 +90,11 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
             raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not valid JSON ({error}); download it again") from None
-    table.pop("__metadata__", None)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(
+            f"{path}: expected strings by name as metadata, found {metadata!r:.60}; download it again"
+        )
     entries = {name: _entry(path, name, row) for name, row in table.items()}
     _check_layout(path, entries, size - start)
     return entries, start
@@ -107,6 +111,7 @@ def _entry(path: Path, name: str, row: Any) -> Entry:
     try:
         dtype_name, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+        whole = whole and isinstance(dtype_name, str)
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:

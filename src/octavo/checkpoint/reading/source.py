@@ -24,10 +24,13 @@ import torch
 
 from ...config import OctavoConfig
 from ...quantizer import Packed
-from ..errors import CheckpointError
+from ..errors import CheckpointError, library_errors, one_line
+from .regular import require_regular
 from .side_files import side_files
 
 COMPUTING_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Layers that a model may have in any case, whatever its files hold.
+MOST_EMPTY_LAYERS = 1000
 # Where the configuration of a model of several parts keeps that of its language model.
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder")
 
@@ -107,12 +110,18 @@ class Source:
         self.config  # noqa: B018  (its own error, if it is missing, is the clearer one)
         try:
             # Said explicitly: transformers would otherwise ask on the terminal whether to run the checkpoint's code.
-            return AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self.trust_remote_code)
-        except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+            config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self.trust_remote_code)
+            layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        except library_errors() as error:
             raise CheckpointError(
-                f"{self.folder / 'config.json'}: transformers cannot make a model of this: "
-                f"{_first_line(error)}"
+                f"{self.folder / 'config.json'}: transformers cannot make a model of this: {one_line(error)}"
             ) from error
+        # Building what cannot be filled would take for ever.
+        if isinstance(layers, int) and layers > max(MOST_EMPTY_LAYERS, len(self.tensors)):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: {layers} layers, but the files hold {len(self.tensors)} tensors; download it again"
+            )
+        return config
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, in its stored precision, memory-mapped where the format allows: do not write to
@@ -222,16 +231,20 @@ class SourceOver(Source):
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, as a dictionary. Raises CheckpointError if it is missing or malformed."""
     path = folder / "config.json"
+    require_regular(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing: expected the model's config.json beside its weights; download it as well"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(config.get(key), str | dict | None):
+            raise CheckpointError(f"{path}: {key}: expected the name of a type, found {config[key]!r:.60}")
     return config
 
 
@@ -250,8 +263,3 @@ def stated_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
                 return COMPUTING_TYPES[name]
     nested = (config.get(key) for key in TEXT_CONFIGS)
     return next((found for part in nested if isinstance(part, dict) and (found := stated_dtype(part))), None)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

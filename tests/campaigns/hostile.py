@@ -1,0 +1,126 @@
+"""Campaign: damaged and dangerous files.
+
+    python -m tests.campaigns.hostile --count 10000 --seed 1        # hours
+    python -m tests.campaigns.hostile --count 50
+
+`count` mutations of each kind of source. Verdict by rule: the numbers are right, or one clear line; never a crash, a hang beyond
+10 s, memory beyond three times the files (and 256 MB for what is loaded besides), a file outside the output folder, code of a
+pickle that runs, other numbers. What breaks a rule is printed with what repeats it, and the exit status is 1.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from . import mutations, runner
+from .sources import SOURCES
+
+SLACK = 256 << 20
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def attempt(source, made: Path, expected: torch.Tensor, seed: int, room: Path) -> tuple[str, str, str]:
+    """One mutation → (verdict: "right", "refused", "other" (a valid model with other numbers) or "FAULT ...", what, details)."""
+    rng = random.Random(f"{source.name} {seed}")
+    shutil.rmtree(room, ignore_errors=True)
+    (room / "out").mkdir(parents=True)
+    folder, mark = room / "in", room / "pwned"
+    mutations.copy(made, folder)
+    size = size_of(folder)
+    what, same = mutations.mutate(folder, source, rng, mark)
+    before = listing(room)
+    ending = runner.run(lambda: source.use(folder, room / "out"))
+    # What a case left is looked at before the numbers.
+    strange = [name for name in listing(room) - before if not name.startswith("out/")]
+    if mark.exists():
+        return "FAULT: code of a pickle ran", what, ""
+    if strange:
+        return f"FAULT: files outside the output: {strange[:3]}", what, ""
+    if ending.how in ("died", "hung", "error"):
+        return f"FAULT: {ending.how}", what, f"{ending.value}\n{ending.trace}"
+    if ending.peak_bytes > 3 * size + SLACK:
+        return f"FAULT: {ending.peak_bytes >> 20} MB of memory", what, str(ending.value)
+    if ending.how == "refused":
+        # A conversion that was refused leaves nothing; one that is done may still make a folder that cannot be loaded.
+        done = (room / "out" / "eight" / "config.json").exists()
+        left = [] if done else [name for name in listing(room / "out") if not Path(name).name.startswith(".")]
+        return (f"FAULT: refused, and left {left[:3]}" if left else "refused"), what, str(ending.value)
+    right = torch.equal(ending.value, expected)
+    if not right and same:
+        return "FAULT: other numbers", what, ""
+    return ("right" if right else "other"), what, ""
+
+
+def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple[dict, list[dict]]:
+    """Returns (kind of source → verdict → how many, the faults)."""
+    torch.set_num_threads(1)
+    table: dict[str, Counter] = {}
+    faults = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in SOURCES:
+            if only and only.lower() not in source.name.lower():
+                continue
+            made = Path(folder) / "made"
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            torch.manual_seed(0)
+            source.make(made)
+            room = Path(folder) / "room"
+            (room / "out").mkdir(parents=True, exist_ok=True)
+            expected = source.use(made, room / "out")
+            found = table[source.name] = Counter()
+            for number in range(seed, seed + count):
+                verdict, what, details = attempt(source, made, expected, number, room)
+                found[verdict.split(":")[0]] += 1
+                if verdict.startswith("FAULT"):
+                    faults.append(
+                        {
+                            "source": source.name,
+                            "seed": number,
+                            "verdict": verdict,
+                            "what": what,
+                            "details": details,
+                        }
+                    )
+                    say(
+                        f"{source.name} --seed {number} --count 1: {verdict}: {what}\n    {details.strip()[-600:]}"
+                    )
+            say(f"{source.name}: {dict(found)}")
+    return {name: dict(found) for name, found in table.items()}, faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=50, help="mutations of each kind; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="number of the first; default: %(default)s")
+    parser.add_argument("--only", help="one kind: part of its name")
+    parser.add_argument("--json", type=Path, help="write the table and the faults here")
+    options = parser.parse_args()
+    table, faults = campaign(options.count, options.seed, options.only, lambda text: print(text, flush=True))
+    if options.json:
+        options.json.write_text(
+            json.dumps(
+                {"count": options.count, "seed": options.seed, "table": table, "faults": faults}, indent=1
+            )
+        )
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
