@@ -63,6 +63,10 @@ class OctavoConfig:
             raise ValueError(f"block_size: expected a positive integer, found {self.block_size!r}")
         if isinstance(self.skip, str):
             self.skip = [self.skip]
+        if not isinstance(self.skip, list | tuple | set) or not all(
+            isinstance(name, str) for name in self.skip
+        ):
+            raise ValueError(f"skip: expected a list of names, found {self.skip!r:.100}")
         self.skip = list(self.skip)
 
     @property
