@@ -119,7 +119,8 @@ class Source:
         # Building what cannot be filled would take for ever.
         if isinstance(layers, int) and layers > max(MOST_EMPTY_LAYERS, len(self.tensors)):
             raise CheckpointError(
-                f"{self.folder / 'config.json'}: {layers} layers, but the files hold {len(self.tensors)} tensors; download it again"
+                f"{self.folder / 'config.json'}: {layers} layers, but the files hold {len(self.tensors)} tensors; "
+                "download it again"
             )
         return config
 
