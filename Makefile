@@ -66,7 +66,7 @@ $(VLLM)/.installed: $(SOURCES) constraints-vllm.txt scripts/vllm_requirements.py
 	@touch $@
 
 test-vllm: $(VLLM)/.installed  ## the tests that need vLLM, in an environment of their own (a download of 1 GB)
-	OCTAVO_REQUIRE_VLLM=1 $(VLLM)/bin/python -m pytest -q tests/vllm tests/serving
+	OCTAVO_REQUIRE_VLLM=1 $(VLLM)/bin/python -m pytest -q tests/with_vllm tests/serving
 
 # An environment of its own: build/oldest.
 OLDEST := build/oldest

@@ -85,7 +85,8 @@ class Running:
             command += ["--", *options.vllm] if options.vllm else []
         else:
             command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", port]
-            command += ["--dtype", options.weights, "--served-model-name", "model", *options.vllm]
+            command += ["--dtype", options.weights, "--served-model-name", "model"]
+            command += ["--shutdown-timeout", "5", *options.vllm]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         with log.open("wb") as file:
             self.process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file)

@@ -6,7 +6,6 @@ Needs vLLM; `make test-vllm` installs it in an environment of its own. Each run 
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import octavo
 from octavo import demo
 from octavo.checkpoint import convert
 
-from .models import random_model
+from .models import finetune, random_model
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("OCTAVO_REQUIRE_VLLM") and importlib.util.find_spec("vllm") is None,
@@ -153,24 +152,7 @@ def test_compiled(tmp_path):
 def test_adapter_of_finetune(tmp_path):
     """An adapter that `octavo finetune` has written, through --enable-lora: the answers of transformers with PEFT."""
     base = folder(tmp_path, "llama", vocab_size=4096)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(demo.MODEL) / name, base)
-    (tmp_path / "texts.txt").write_text("El viento del norte y el sol discutían.\n\n" * 40)
-    command = [sys.executable, "-m", "octavo", "finetune", str(base), "--data", str(tmp_path / "texts.txt")]
-    command += [
-        "--output",
-        str(tmp_path / "adapter"),
-        "--max-steps",
-        "4",
-        "--max-length",
-        "32",
-        "--learning-rate",
-        "0.05",
-        "--lora-r",
-        "8",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    finetune(base, tmp_path / "adapter")
     with_adapter = octavo.load(base, adapter=tmp_path / "adapter", dtype=torch.float32, device="cpu")
     found = ask_vllm(base, adapter=tmp_path / "adapter", enable_lora=True, max_lora_rank=8)["answers"]
     assert_same(found, ask_transformers(with_adapter))

@@ -1,7 +1,14 @@
 """The models that vLLM is tried on: small, random, in the shapes of their families."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 import transformers
+
+from octavo import demo
 
 SIZES = dict(
     vocab_size=211, hidden_size=128, intermediate_size=192, num_hidden_layers=2, max_position_embeddings=64
@@ -44,3 +51,23 @@ def random_model(name: str, **changes) -> transformers.PreTrainedModel:
     for option, value in {"initializer_range": 0.2, **changes}.items():
         setattr(config, option, value)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def finetune(base: Path, out: Path) -> None:
+    """An adapter by `octavo finetune`, which changes what a random model says. `base` gets the shipped model's tokenizer."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.MODEL / name, base)
+    texts = out.with_suffix(".txt")
+    texts.write_text("El viento del norte y el sol discutían.\n\n" * 40)
+    options = {
+        "data": texts,
+        "output": out,
+        "max-steps": 4,
+        "max-length": 32,
+        "learning-rate": 0.05,
+        "lora-r": 8,
+    }
+    command = [sys.executable, "-m", "octavo", "finetune", str(base)]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
