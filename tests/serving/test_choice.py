@@ -10,7 +10,7 @@ import jinja2
 import pytest
 
 from octavo import demo
-from octavo.checkpoint.locate import locate
+from octavo.checkpoint.reading.locate import locate
 from octavo.serving import choice
 from octavo.serving.templates import served_template
 from octavo.serving.vllm_engine import adapter_problem, command

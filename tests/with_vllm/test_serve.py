@@ -90,7 +90,7 @@ def test_adapter(tmp_path):
 
 
 def test_what_vllm_cannot_serve_goes_to_transformers(tmp_path):
-    from octavo.checkpoint.locate import locate
+    from octavo.checkpoint.reading.locate import locate
     from octavo.serving.choice import choose
 
     convert(demo.MODEL, tmp_path / "gptj")
