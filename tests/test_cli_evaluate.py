@@ -151,7 +151,7 @@ def test_a_saved_file_gives_the_same_without_the_base(report, eight):
         ((demo.MODEL, "--text", TEXT, "--against", demo.MODEL, "--logits", "x"), "give one of them"),
         ((demo.MODEL, "--text", TEXT, "--logits", TEXT), "not a whole safetensors file"),
         ((demo.MODEL, "--text", TEXT, "--logits", "none"), "no such file; make it with --save-logits"),
-        ((demo.MODEL, "--text", TEXT, "--save-logits", "no/folder/x"), "make it first"),
+        ((demo.MODEL, "--text", TEXT, "--save-logits", TEXT / "x"), "is no folder; give another name"),
         ((demo.MODEL, "--text", TEXT, "--report", TEXT), "found a file"),
         ((demo.MODEL, "--text", TEXT, "--window", "1024"), "context is 512 tokens, found 1024"),
         ((demo.MODEL, "--text", TEXT, "--window", "64", "--stride", "64"), "stride"),

@@ -128,6 +128,8 @@ def test_the_command_from_a_configuration_alone(tmp_path):
     result = CliRunner().invoke(COMMAND, [str(tmp_path), *options, "--memory", "1MB"], catch_exceptions=False)
     assert "does not fit" in result.output and "--batch-size 1 --gradient-accumulation 2" in result.output
     assert "Nothing here is enough" in result.output
+    result = CliRunner().invoke(COMMAND, [str(tmp_path), *options, "--memory", "11"], catch_exceptions=False)
+    assert "--memory 11 is read as 11.00 GiB" in result.output and "does not fit" not in result.output
 
 
 def test_sizes():
@@ -150,6 +152,7 @@ def test_sizes():
             typer.BadParameter, match=f"expected a size with its unit, found '{text}': {text}GB"
         ):
             size(text, "--memory")
+        assert size(text, "--memory", bare="GiB") == int(float(text) * 2**30)
 
 
 def test_no_configuration_is_named(tmp_path):

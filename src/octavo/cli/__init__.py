@@ -85,9 +85,8 @@ def main() -> None:
         names = {command.callback.__name__ for command in app.registered_commands if command.callback}
         # The error of an option without its value does not know its command.
         command = next((f" {word}" for word in sys.argv[1:] if word in names), "")
-        # "Value error, " is a validator's word, which typer lets through.
-        message = error.format_message().replace("Value error, ", "").rstrip(".")
-        _fail(f"{message} (see octavo{command} --help)", 2)
+        error.message = _plain(error)
+        _fail(f"{error.format_message().rstrip('.')} (see octavo{command} --help)", 2)
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
@@ -96,6 +95,31 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+# What pydantic, which typer checks values with, calls a mistake → what was expected, of its bounds.
+EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+}
+
+
+def _plain(error: Any) -> str:
+    """What is wrong with an option's value, without a validator's words."""
+    found = error.__cause__.errors()[0] if hasattr(error.__cause__, "errors") else {}
+    if found.get("type") in EXPECTED:
+        expected = EXPECTED[found["type"]].format(**found.get("ctx", {}))
+        return f"expected {expected}, found {found['input'] if 'ctx' in found else repr(found['input'])}"
+    message = error.message.removeprefix("Value error, ")
+    if "extra argument" in message:
+        return f"{message.rstrip('.')}: a text or a name with spaces goes into quotes"
+    return message
 
 
 def _fail(message: str, status: int) -> NoReturn:

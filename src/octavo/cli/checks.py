@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.checkpoint.reading.locate import NEWEST, Hub, Location, locate, locate_adapter
+from octavo.checkpoint.writing.output_directory import check_writable
 
 # Ends of the names of classes that do not continue a text, and of those among them that do.
 OTHERS = (
@@ -79,38 +80,15 @@ def check_prompt(text: str) -> None:
     check_whole(text, "the prompt")
 
 
-def check_new_file(out: str | Path, overwrite: bool = False) -> None:
-    """Raise ValueError if a file that is to be written is there, or cannot be made."""
-    out = Path(out)
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder; expected a file to write")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} is there already; give another name, or --overwrite to replace it")
-    check_parent(out)
-
-
-def check_parent(out: Path) -> None:
-    import os
-
-    parent = next(path for path in out.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(
-            f"{out}: {parent} is {'no folder' if not parent.is_dir() else 'not writable'}; give another"
-        )
-
-
 def check_drawing(output: Path, option: str) -> None:
     """Before hours of work: raise ImportError or OSError if a plot cannot be drawn, or its folder cannot be made or written."""
     import importlib.util
-    import tempfile
 
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(f"{option}: the plot needs matplotlib: pip install matplotlib")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{option} {output}: expected a folder, found a file")
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=output):
-        pass
+    check_writable(output, f"{option} {output}")
 
 
 def check_against(against: str | None) -> None:

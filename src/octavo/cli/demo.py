@@ -26,6 +26,8 @@ def demo(
     cores, and measures it on the chapters left out.
     """
     from octavo import demo as shipped
+    from octavo.checkpoint.reading.locate import locate
+    from octavo.checkpoint.writing.output_directory import choose_place
 
     from .terminal import quiet_loading, say, terminal
 
@@ -34,6 +36,7 @@ def demo(
             f"{shipped.MODEL} holds no model: this installation lacks its data files. Install Octavo again, or make the model "
             "with scripts/demo_model/train.py"
         )
+    choose_place(out, locate(str(shipped.MODEL)), overwrite=True)
     screen = terminal()
     say(
         screen,

@@ -73,6 +73,8 @@ def evaluate(
     """
     import json
 
+    from octavo.checkpoint.writing.output_directory import check_new_file
+
     from .checks import check_against, check_model, check_texts
     from .terminal import quiet_libraries, quiet_loading, say, steps_progress, terminal, warnings_as_lines
 
@@ -82,6 +84,8 @@ def evaluate(
         raise FileNotFoundError(f"--logits {logits}: no such file; make it with --save-logits")
     if window is not None and stride is not None and stride > window:
         raise ValueError(f"--stride: expected at most --window, {window}, found {stride}")
+    if save_logits is not None:
+        check_new_file(save_logits, f"--save-logits {save_logits}", overwrite=True)
     if report is not None:
         check_drawing(report, "--report")
     check_texts(text)

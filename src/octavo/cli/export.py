@@ -50,10 +50,12 @@ def export(
         octavo export ./my-model-8bit my-model-q8.gguf --to q8_0 --name "My model"
         llama-cli -m my-model.gguf -p "El sentido de la vida es"
     """
-    from .checks import check_model, check_new_file
+    from octavo.checkpoint.writing.output_directory import check_new_file
+
+    from .checks import check_model
     from .terminal import bytes_progress, say, terminal, warnings_as_lines
 
-    check_new_file(out, overwrite)
+    check_new_file(out, out, overwrite)
     check_model(model)
 
     from octavo.export import export_gguf

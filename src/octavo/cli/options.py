@@ -25,8 +25,11 @@ SMALLEST_BARE_SIZE = 10**6
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
 
-def size(text: str, option: str) -> int:
+def size(text: str, option: str, bare: str = "") -> int:
     """Bytes of "5GB" (10⁹), "2GiB" (2³⁰), "500MB", or of a plain number where it can only mean bytes.
+
+    Args:
+        bare: the unit of a plain number that is too small to mean bytes; none: it is refused.
 
     Raises:
         typer.BadParameter: for anything else, naming the option.
@@ -36,12 +39,14 @@ def size(text: str, option: str) -> int:
     unit = unit if unit in UNITS or not unit else f"{unit}B"
     if not match or float(match[1]) <= 0 or (unit and unit not in UNITS):
         raise typer.BadParameter(
-            f"expected a size such as 11GB, 24GiB or 500MB, found {text!r}", param_hint=option
+            f"expected a size such as 11GB, 24GiB or 500MB, found {text!r}", param_hint=f"'{option}'"
         )
     if not unit and float(match[1]) < SMALLEST_BARE_SIZE:
-        raise typer.BadParameter(
-            f"expected a size with its unit, found {text!r}: {match[1]}GB?", param_hint=option
-        )
+        if not bare:
+            raise typer.BadParameter(
+                f"expected a size with its unit, found {text!r}: {match[1]}GB?", param_hint=f"'{option}'"
+            )
+        unit = bare.upper()
     return max(1, int(float(match[1]) * UNITS[unit or "B"]))
 
 

@@ -20,7 +20,8 @@ def plan(
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="What there is: 11GB, 24GiB. Says what to change if it is too little."
+            metavar="SIZE",
+            help="What there is: 11GB, 24GiB; a plain number is in GiB. Says what to change if it is too little.",
         ),
     ] = None,
     max_length: Annotated[
@@ -63,7 +64,7 @@ def plan(
 
     from .terminal import quiet_libraries, say, terminal
 
-    available = None if memory is None else size(memory, "--memory")
+    available = None if memory is None else size(memory, "--memory", bare="GiB")
     found = locate_config(model)
     if found is None:
         raise ValueError(
@@ -116,6 +117,8 @@ def plan(
             else ""
         ),
     )
+    if available is not None and memory and memory.strip()[-1].isdigit():
+        say(console, f"--memory {memory.strip()} is read as {_gib(available).strip()}")
     _show(console, "loading", loading, available)
     of_size = f"{batch_size} × {length_now} tokens"
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.writing.output_directory import check_new_file
 from ..config import OctavoConfig
 from . import statistics
 from .divergence import Divergence, token_divergence
@@ -363,7 +364,8 @@ def evaluate(
     if saved is not None:
         window, stride = window or saved.about.window, stride or saved.about.stride
     if save_logits is not None:
-        check_writable(save_logits)
+        check_new_file(save_logits, f"--save-logits {save_logits}", overwrite=True)
+        Path(save_logits).parent.mkdir(parents=True, exist_ok=True)
     tokens = tokenize(read_texts(texts), load_tokenizer(model), limit_tokens)
 
     def run(
@@ -406,14 +408,3 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise OSError if a file cannot be written at `path`, before hours of work."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected a file to write, found a folder")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: {path.parent} is no folder; make it first")
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass

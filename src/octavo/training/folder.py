@@ -8,11 +8,12 @@ Example:
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..checkpoint.writing.output_directory import check_writable
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -47,11 +48,7 @@ def refuse_to_overwrite(output: str | Path) -> None:
         ValueError: if `output` holds an adapter or checkpoints, or cannot be made.
     """
     output = Path(output)
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(
-            f"--output {output}: {parent} is {'no folder' if not parent.is_dir() else 'not writable'}; give another"
-        )
+    check_writable(output, f"--output {output}")
     if (output / ADAPTER).exists() or list(output.glob("checkpoint-*")):
         raise ValueError(
             f"--output {output} holds a run already: --resume goes on with it; for a new one give another folder, or remove this"

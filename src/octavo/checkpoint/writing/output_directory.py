@@ -118,13 +118,42 @@ def choose_place(out: Path, source: "Source | Location", overwrite: bool) -> Pla
         raise CheckpointError(f"{out} holds the source itself; give another folder to write")
     fixed = real.is_dir() and (os.path.ismount(real) or not os.access(real.parent, os.W_OK))
     place = Place(out, real if out.is_symlink() or fixed else out, fixed)
-    if not os.access(place.disk, os.W_OK):
-        raise CheckpointError(f"{out}: this user may not write to {place.disk}; give another folder")
+    check_writable(place.disk, out)
     if fixed and (real / FINISHED).is_dir():
         place._exchange()
     if real.is_dir() and not overwrite and {path.name for path in real.iterdir()} - NOTHING:
         raise CheckpointError(f"{out} is not empty; give another folder, or --overwrite to replace it")
     return place
+
+
+def check_writable(folder: Path, named: str | Path) -> None:
+    """Check that a folder, or the nearest above it that is there, can be written: before the work, not after it.
+
+    Args:
+        named: what errors call it: what the user gave.
+
+    Raises:
+        CheckpointError: if it cannot.
+    """
+    there = _nearest(folder)
+    if not there.is_dir():
+        raise CheckpointError(f"{named}: {there} is no folder; give another name")
+    if not os.access(there, os.W_OK):
+        raise CheckpointError(f"{named}: this user may not write to {there}; give another folder")
+
+
+def check_new_file(path: str | Path, named: str | Path, overwrite: bool = False) -> None:
+    """Check that a file can be written, and is not there already.
+
+    Raises:
+        CheckpointError: if it cannot, or is there and may not be replaced.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{named} is a folder; expected a file to write")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{named} is there already; give another name, or --overwrite to replace it")
+    check_writable(path.absolute().parent, named)
 
 
 def _nearest(path: Path) -> Path:
