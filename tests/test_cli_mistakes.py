@@ -90,7 +90,7 @@ MISTAKES = [
         f"{FINETUNE} {{latin}}",
         r"latin\.txt: expected text in UTF-8.*iconv -f ISO-8859-1 -t UTF-8 .*latin\.txt",
     ),
-    (f"{FINETUNE} {{binary}}", r"binary\.txt: expected text, found NUL bytes"),
+    (f"{FINETUNE} {{binary}}", r"binary\.txt: expected text, found NUL bytes: a program, an archive"),
     (f"{FINETUNE} {{quotes}}", r"quotes\.csv, line \d: expected rows of comma-separated values"),
     (f"{FINETUNE} {{text}} --validation none.txt", r"--validation none\.txt: no such file"),
     (f"{FINETUNE} {{text}} --validation-split 2", r"--validation-split.*from 0 to below 1, found 2"),

@@ -29,6 +29,8 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+# The marks of UTF-16, taken for ISO 8859-1 and encoded in UTF-8.
+CONVERTED_MARKS = ("ÿþ".encode(), "þÿ".encode())
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Bytes that Windows-1252 has characters for, and ISO 8859-1 has none.
 WINDOWS_ONLY = re.compile(b"[\x80-\x9f]")
@@ -72,6 +74,11 @@ def decode(data: bytes, named: str, path: str | Path | None = None) -> str:
     for mark, encoding in MARKS:
         if data.startswith(mark):
             return _decoded(data[len(mark) :], encoding, named, path)
+    if data.startswith(CONVERTED_MARKS):
+        raise ValueError(
+            f"{named}: expected text, found UTF-16 that was converted as if it were another encoding; give the file it was "
+            "made from: UTF-16 is read as it is"
+        )
     if 0 in data:
         return _decoded(data, _utf16_of(data, named), named, path)
     text = _decoded(data, "utf-8", named, path)
@@ -134,7 +141,7 @@ def _utf16_of(data: bytes, named: str) -> str:
         zeros = data[1::2].count(0), data[0::2].count(0)
         if len(data) % 2 or 4 * max(zeros) < len(data):
             raise ValueError(
-                f"{named}: expected text, found NUL bytes: a program or an archive, or a damaged file"
+                f"{named}: expected text, found NUL bytes: a program, an archive, or a damaged file"
             )
         found = "utf-16-le" if zeros[0] >= zeros[1] else "utf-16-be"
     return found

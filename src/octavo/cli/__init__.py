@@ -5,6 +5,7 @@ Example:
     $ octavo generate some/model "El sentido de la vida es"
 """
 
+import io
 import logging
 import os
 import sys
@@ -77,6 +78,10 @@ def main() -> None:
     """Run the command line. What the user can mend is one line on stderr; exit status 1, or 2 for an option."""
     # bitsandbytes warns that it lacks an optional 4-bit kernel, which nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character, or a file's name that is no text, is no reason to lose what was computed.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # A bug deserves its traceback: OCTAVO_DEBUG=1 shows it for these errors as well.
     debug = bool(os.environ.get("OCTAVO_DEBUG"))
     try:

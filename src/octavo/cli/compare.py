@@ -110,7 +110,7 @@ def check_formats(formats: str) -> list[str]:
 
     names = [name.strip() for name in formats.split(",") if name.strip()]
     if not names:
-        raise ValueError(f"--formats: expected at least one of {FORMATS}")
+        raise ValueError(f"--formats: expected at least one of {FORMATS}, found none")
     for name in names:
         if not re.fullmatch(FORMAT, name):
             raise ValueError(f"--formats: expected some of {FORMATS}, found {name!r}")
@@ -124,6 +124,7 @@ def _write(found: Any, output: Path) -> None:
     from octavo.evaluation.compare_plot import draw
 
     figures = found.to_dict()
+    output.mkdir(parents=True, exist_ok=True)
     partial = output / "compare.json.partial"
     partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, output / "compare.json")

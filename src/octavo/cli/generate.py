@@ -71,17 +71,18 @@ def generate(
     """
     import sys
 
+    from octavo.text_files import check_whole, decode
+
     from .checks import check_model, check_prompt
     from .terminal import quiet_libraries, say, terminal
 
     text = prompt
     if prompt == "-":
-        from octavo.text_files import decode
-
         text = decode(sys.stdin.buffer.read(), "the prompt on standard input")
         # The line end that `echo` puts there is not meant.
         text = text.removesuffix("\n").removesuffix("\r")
     check_prompt(text)
+    check_whole(system or "", "--system")
     if chat is False and system is not None:
         raise ValueError("--system and --no-chat: plain text has no system text; leave one of them out")
     check_model(model, what_for="generate", adapter=adapter)

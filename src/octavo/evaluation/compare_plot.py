@@ -74,6 +74,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         f"{found['dtype']}",
         fontsize=10,
         loc="left",
+        # Two dollars in a model's name are no formula.
+        parse_math=False,
     )
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     partial = path.with_name(path.name + ".partial")

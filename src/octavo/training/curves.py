@@ -77,7 +77,9 @@ def write_curve(history: list[dict[str, float]], path: str | Path, title: str = 
                 xytext=(6 if step == held[0][0] else -6, 8),
                 ha="left" if step == held[0][0] else "right",
             )
-    axes.set(xlabel="step", ylabel="loss a token (nats)", title=title)
+    axes.set(xlabel="step", ylabel="loss a token (nats)")
+    # Two dollars in a file's name are no formula.
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.margins(y=0.15)
     axes.legend()

@@ -16,6 +16,8 @@ from pathlib import Path
 from ..checkpoint.writing.output_directory import check_writable
 
 ADAPTER = "adapter_model.safetensors"
+# Words of safetensors, and of torch's zip writer wherever in a file the disk became full.
+FULL_DISK = ("No space left", "PytorchStreamWriter failed", "iostream error", "inline_container")
 
 
 def newest_checkpoint(folder: str | Path) -> Path:
@@ -100,7 +102,7 @@ def _says_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left" in str(error) or "PytorchStreamWriter failed" in str(error):
+        if any(words in str(error) for words in FULL_DISK):
             return True
         error = error.__cause__ or error.__context__
     return False

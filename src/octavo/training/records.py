@@ -94,7 +94,7 @@ def _read_json(text: str, path: Path) -> Iterable[tuple[str, Any]]:
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:
             records = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected a JSON array of records, found {error}") from error
         yield from ((f"{path}, record {number}", record) for number, record in enumerate(records, 1))
         return
@@ -103,7 +103,8 @@ def _read_json(text: str, path: Path) -> Iterable[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}, line {number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            # A number of thousands of digits is a ValueError too.
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: expected a JSON object a line, found {error}"
                 ) from error
