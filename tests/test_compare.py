@@ -285,7 +285,7 @@ def test_the_command(folder, monkeypatch, capsys, tmp_path):
     for name in USUAL:
         assert name in out
     # Nothing is cut short on a narrow terminal, and no line of a table is wider.
-    assert "…" not in out and "same token" in out and "sliding window of 64 tokens" in out
+    assert "…" not in out and "top-1" in out and "sliding window of 64 tokens" in out
     written = json.loads((tmp_path / "new" / "out" / "compare.json").read_text(encoding="utf-8"))
     assert [row["format"] for row in written["formats"]] == list(USUAL)
     assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == [
@@ -323,7 +323,12 @@ def test_the_command_and_the_library_agree_on_what_is_usual():
 def test_what_is_wrong_is_told_in_one_line(folder, monkeypatch, capsys, options, expected):
     text = () if "--text" in options else ("--text", folder / "text.txt")
     status, out, err = run(monkeypatch, capsys, folder / "model", *text, *options)
-    assert status == (2 if "--dtype" in options else 1) and out == "" and expected in err and err.strip().startswith("error: ")
+    assert (
+        status == (2 if "--dtype" in options else 1)
+        and out == ""
+        and expected in err
+        and err.strip().startswith("error: ")
+    )
     assert len(err.strip().splitlines()) == 1
 
 

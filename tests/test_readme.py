@@ -1,5 +1,7 @@
-"""What README.md and docs/ tell a reader to type: README's commands run as they stand, and every option named anywhere exists."""
+"""What README.md, docs/ and the notebooks tell a reader to type: README's commands run as they stand, and every option named
+anywhere exists."""
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 OCTAVO = Path(sys.executable).with_name("octavo")
 
 
@@ -99,9 +102,15 @@ def options_of(name: str) -> set[str]:
     return {option for parameter in found.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def text_of(page: Path) -> str:
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    return "\n".join("".join(cell["source"]) for cell in json.loads(page.read_text())["cells"])
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
 def test_options_that_are_named_exist(page):
-    for command, rest in re.findall(r"(?:^ {4,}|`)octavo (\w+)([^`\n]*)", page.read_text(), re.MULTILINE):
+    for command, rest in re.findall(r"(?:^ {4,}|^!|`)octavo (\w+)([^`\n]*)", text_of(page), re.MULTILINE):
         if command == "doctor" or not rest:
             options_of(command)
         named = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest.split("  #")[0])) - {"--help"}

@@ -149,20 +149,19 @@ def _show_model(out: Any, model: dict[str, Any]) -> None:
         f"computing in {model['dtype']}",
     )
     turns = model["peers"] or {"": model["alone"]}
-    titles = [""]
+    rows = []
     for method, count in model["tokens"].items():
-        titles += [f"{method} {count}", "8 bits faster by"]
-    own = [
-        [rate for found in turns.values() for rate in found[method]["octavo"]] for method in model["tokens"]
-    ]
-    rows = [["8 bits", *(cell for rates in own for cell in (_spread(spread(rates), ".4g"), ""))]]
-    for name, found in model["peers"].items():
-        cells = []
-        for method in model["tokens"]:
-            mine, theirs = found[method]["octavo"], found[method]["peer"]
-            cells += [_spread(spread(theirs), ".4g"), _spread(ratios(mine, theirs))]
-        rows.append([name, *cells])
-    show_table(out, titles, rows, title="Tokens a second, and how much faster 8 bits are than float")
+        for name, found in turns.items():
+            mine = found[method]["octavo"]
+            row = [f"{method} {count}", _spread(spread(mine), ".4g")]
+            if name:
+                theirs = found[method]["peer"]
+                row += [name, _spread(spread(theirs), ".4g"), _spread(ratios(mine, theirs))]
+            rows.append(row)
+    titles = ["tokens", "8 bits", "in float", "tokens a second", "8 bits faster by"][: len(rows[0])]
+    show_table(
+        out, titles, rows, title="Tokens a second, and how much faster 8 bits are than float", left=(0, 2)
+    )
     engines = {"8 bits": model["octavo"]} | model["peers"]
     for name, found in engines.items():
         say(

@@ -50,7 +50,7 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what each of several formats costs MODEL on a text, to choose one.
+    """Measure what several formats cost MODEL, to choose one of them.
 
     The same text goes through the same float model, each time with the weights that a format gives back: exactly those that
     `octavo quantize` would quantize. Memory: the model in float, and a copy of its matrices.
@@ -153,14 +153,14 @@ def _show(found: Any) -> None:
         + (f" (95 % interval {between[0]:.3f} to {between[1]:.3f})" if between else ""),
         end="\n\n",
     )
-    titles = ("format", "bits", "MB", "weight error", "perplexity", "KL mean", "KL p99", "same token")
+    titles = ("format", "bits", "MB", "error", "perplexity", "KL mean", "KL p99", "top-1")
     rows, changes = [], []
     for row in found.rows:
         difference, divergence = row.comparison.difference, row.comparison.divergence
         rows.append(
             (
                 row.format.name,
-                f"{row.bits_per_weight:.3f}",
+                f"{row.bits_per_weight:.2f}",
                 f"{row.nbytes / 1e6:,.1f}",
                 f"{row.weight_error:.2e}",
                 f"{row.perplexity.perplexity:.4f}",
@@ -179,6 +179,12 @@ def _show(found: Any) -> None:
     show_table(out, ("format", "perplexity, change in %", "95 % interval", "p"), changes)
     out.print()
     say(out, found.sentence)
+    say(
+        out,
+        "error: of the weights, ‖w−ŵ‖²/‖w‖². KL: divergence from the float model's predictions, nats a token, and its 99th "
+        "percentile. top-1: how often both find the same token likeliest.",
+        style="dim",
+    )
     say(
         out,
         f"Protocol: {base.protocol}; texts: {', '.join(text.name for text in found.base.tokens)}; in {found.base.dtype}; paired "

@@ -19,7 +19,7 @@ def demo(
         typer.Option("--finetune/--no-finetune", help="Also fine-tune the 8-bit model, for about a minute."),
     ] = True,
 ) -> None:
-    """Show the whole path on a small Spanish model that ships with Octavo.
+    """Show the whole path on a small model that ships with Octavo.
 
     Quantizes the model to a folder, shows its size, error and perplexity on text it never saw, before and after, loads it, and
     writes what follows "El sentido de la vida es": seconds. Then fine-tunes it on four fifths of a book, about a minute on two

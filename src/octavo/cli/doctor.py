@@ -11,7 +11,7 @@ from .options import AsJson
 def doctor(
     as_json: AsJson = False,
 ) -> None:
-    """Print versions, devices and the active kernels with the reason for each. Attach it to a bug report."""
+    """Print versions, devices, the active kernels, and why. Attach it to a bug report."""
     import json
 
     from .terminal import say, show_facts, terminal

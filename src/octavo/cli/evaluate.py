@@ -56,7 +56,9 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure MODEL's perplexity on texts, and with a base, what differs and whether chance explains it.
+    """Measure MODEL's perplexity on texts, alone or against a base.
+
+    With a base: what differs, and whether chance explains it.
 
     With --against, BASE runs first, its predictions go into a file, and MODEL is loaded once BASE is gone: memory is needed for
     one of them. docs/EVALUATION.md says how to read the figures.

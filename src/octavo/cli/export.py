@@ -36,7 +36,7 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write MODEL as a GGUF file that llama.cpp runs: weights, tokenizer, chat template, in one file.
+    """Write MODEL as a GGUF file, which llama.cpp runs. Weights, tokenizer and chat template are in the one file.
 
     Weights are read, de-quantized and written some rows at a time, so memory never holds the model. Merge an
     adapter first, with octavo merge.

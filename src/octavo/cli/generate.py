@@ -57,7 +57,7 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Continue PROMPT with MODEL, printing the text as it comes, and the speed at the end.
+    """Continue PROMPT with MODEL. The text is printed as it comes, and the speed at the end.
 
     A model that is not quantized yet is quantized while it loads; `octavo quantize` does that once and for all. An adapter of
     `octavo finetune` says how it was trained, and the prompt is put to the model in that way.

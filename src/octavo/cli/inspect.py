@@ -28,7 +28,7 @@ def inspect(
         bool, typer.Option("--json", help="Everything, one entry a parameter, as JSON.")
     ] = False,
 ) -> None:
-    """Show what of MODEL is in 8 bits, its size, and with --against its error.
+    """Show what of MODEL is in 8 bits, its size and its error. The error is that against --against.
 
     Reads headers only, and data only to measure errors, one parameter at a time. Parameters that differ in
     the number of their layer share a line; --json lists each.

@@ -36,7 +36,7 @@ def merge(
     ] = "8bit",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a copy of MODEL with ADAPTER merged into its weights, tensor by tensor: memory never holds the model.
+    """Write a copy of MODEL with ADAPTER merged into its weights. It goes tensor by tensor: memory never holds the model.
 
     Interrupted, by Ctrl-C, a crash or a full disk, the same command goes on where it stopped and ends in the same
     bytes. In 8 bits the changed weights are quantized anew, which adds a small error; it is reported.

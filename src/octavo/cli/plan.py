@@ -51,7 +51,7 @@ def plan(
         typer.Option(help="Type to compute in. Default: bfloat16 on a GPU, float32 on a CPU."),
     ] = None,
 ) -> None:
-    """Estimate the memory that MODEL takes in 8 bits, part by part, without downloading its weights: for loading it, for
+    """Estimate the memory that MODEL takes in 8 bits. Part by part, without downloading its weights: for loading it, for
     generating from it, and for `octavo finetune`. With --memory, each is said to fit or not; 8GB are 7.45 GiB.
 
     Examples:

@@ -9,6 +9,7 @@ Example:
     Ready. The model is in models/a[b]
 """
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +41,25 @@ def terminal(stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def say(console: Console, *parts: str | tuple[str, str], style: str = "", end: str = "\n") -> None:
-    """Print a sentence, wrapped between words: a path is longer than the terminal before it is cut."""
-    console.print(Text.assemble(*parts, style=style), overflow="ignore", crop=False, end=end)
+    """Print a sentence, wrapped between words: a name longer than the terminal stays whole, to be copied."""
+    text = Text.assemble(*parts, style=style)
+    lines = text.divide(_line_starts(text.plain, console.width))
+    for line in lines[:-1]:
+        line.rstrip()
+    console.print(Text("\n").join(lines), soft_wrap=True, end=end)
+
+
+def _line_starts(text: str, width: int) -> list[int]:
+    """Where in a text new lines begin, so that none is wider than `width` but those of one word."""
+    starts, begin, end = [], 0, 0
+    for word in re.finditer(r"\n|[^\s]+", text):
+        if word[0] == "\n":
+            begin = word.end()
+        elif word.end() - begin > width and end > begin:
+            begin = word.start()
+            starts.append(begin)
+        end = word.end()
+    return starts
 
 
 def say_command(console: Console, label: str, command: str) -> None:
