@@ -38,9 +38,9 @@ SLOW = {
     "evaluation.compare",
     "evaluation.compare_plot",
     "evaluation.evaluate",
-    "evaluation.report",
+    "evaluation.page",
     "planning.memory",
-    "training.run",
+    "training.finetune",
 }
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

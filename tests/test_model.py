@@ -76,7 +76,7 @@ def test_a_lone_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_computing_types_stay(dtype):
+def test_compute_dtypes_stay(dtype):
     model = octavo.quantize_model(nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64).to(dtype)))
     assert model[0].weight.dtype == torch.float32 and model[1].weight.dtype == dtype
 

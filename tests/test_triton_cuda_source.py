@@ -119,7 +119,7 @@ def error(found, exact):
 @pytest.mark.parametrize(
     "dtype, scales, tokens, rows, columns, block, grid, bias",
     [
-        # A partial tile, a partial step, several tiles a warp.
+        # A partial tile, a partial step, several tiles per warp.
         (torch.float32, torch.float32, 1, 45, 1040, 64, 1, True),
         (torch.float16, torch.float16, 1, 37, 512, 32, 3, False),
         (torch.bfloat16, torch.float16, 1, 64, 2064, 4096, 2, True),  # one block a row, longer than the row

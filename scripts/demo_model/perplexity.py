@@ -5,8 +5,8 @@ by 256: the first window scores all of its tokens but the first of the file, eac
 (the last window, what is left). So every token but the first is scored once, with at least 256 tokens
 before it from the second window on. Stored weights are computed with in float32.
 
-Printed: the loss a token in nats; its exponential, the perplexity a token; the exponential of the loss a
-byte (comparable between tokenizers); and bits a byte.
+Printed: the loss per token in nats; its exponential, the perplexity per token; the exponential of the loss a
+byte (comparable between tokenizers); and bits per byte.
 
     python scripts/demo_model/perplexity.py src/octavo/demo/model src/octavo/demo/text/*.txt
 """
@@ -40,7 +40,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     print(f"{options.model}: stored weights in float32, window {options.window}, stride {options.stride}\n")
-    print("| text | bytes | tokens scored | loss a token | perplexity a token | a byte | bits a byte |")
+    print("| text | bytes | tokens scored | loss per token | perplexity per token | per byte | bits per byte |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for file in options.texts:
         text = file.read_text(encoding="utf-8")

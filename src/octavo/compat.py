@@ -77,7 +77,7 @@ class GPTJForCausalLM(modeling_gptj.GPTJForCausalLM):
             kwargs: what transformers takes: changes of the configuration (`pad_token_id=...`), `config`, `dtype` or
                 `torch_dtype`, `device_map`, `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`,
                 `output_loading_info`, ... Without a type, the checkpoint's own, in which the device computes well
-                (`octavo.loading.computing_type`).
+                (`octavo.loading.compute_dtype`).
 
         Returns:
             transformers' GPTJForCausalLM; with `output_loading_info`, it and a dictionary.
@@ -91,7 +91,7 @@ class GPTJForCausalLM(modeling_gptj.GPTJForCausalLM):
             return own.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         from .checkpoint import open_source
         from .config import OctavoConfig
-        from .loading import computing_type
+        from .loading import compute_dtype
 
         found = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name)}
         revision, subfolder = kwargs.get("revision"), kwargs.get("subfolder") or ""
@@ -101,7 +101,7 @@ class GPTJForCausalLM(modeling_gptj.GPTJForCausalLM):
             asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
             kwargs.pop("torch_dtype", None)
             device_map = kwargs.pop("device_map", None)
-            dtype = asked or computing_type(source.dtype, _first_device(device_map))
+            dtype = asked or compute_dtype(source.dtype, _first_device(device_map))
             if source.native:
                 if not source.eight_bit:
                     kwargs.setdefault("quantization_config", OctavoConfig())

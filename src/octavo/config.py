@@ -124,7 +124,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def stored_block_size(columns: int, blocks: int, block_size: int) -> int:
-    """Block size of a stored matrix, from its row length and its number of scales a row.
+    """Block size of a stored matrix, from its row length and its number of scales per row.
 
     It is the config's `block_size` where that gives `blocks` scales; else, as in published checkpoints, whose blocks of
     4096 run across rows, rows are cut into `blocks` equal parts.

@@ -44,7 +44,7 @@ def load(
     Args:
         src: a folder, a file (.safetensors, .bin, .gguf) or a Hugging Face id.
         dtype: type to compute in. Default: the model's own, or on a CPU or an old GPU without fast bfloat16 or float16
-            the type that it computes well in (`computing_type`).
+            the type that it computes well in (`compute_dtype`).
         device: where to put it. Default: "cuda" if there is one, else "cpu".
         config: how to quantize a source that is not quantized yet. Default: `OctavoConfig()`. An error for one
             that is.
@@ -70,7 +70,7 @@ def load(
             raise ValueError(f"{src} is quantized already: `config` cannot change how; leave it out")
         asked = _dtype(dtype)
         if asked is None:
-            asked = computing_type(source.dtype, device)
+            asked = compute_dtype(source.dtype, device)
         if source.native:
             model = _load_pretrained(source, asked, device, config or OctavoConfig())
         else:
@@ -116,7 +116,7 @@ def load_tokenizer(src: str | Path, *, revision: str | None = None) -> Any:
             ) from error
 
 
-def computing_type(own: torch.dtype, device: torch.device) -> torch.dtype:
+def compute_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     """The type to compute in on `device` for a model whose own type is `own`.
 
     bfloat16 becomes float16 on GPUs without it (before compute capability 8.0); float16 becomes float32 on a CPU, where few
@@ -132,11 +132,11 @@ def computing_type(own: torch.dtype, device: torch.device) -> torch.dtype:
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
-    from .checkpoint.reading.source import COMPUTING_TYPES
+    from .checkpoint.reading.source import COMPUTE_DTYPES
 
-    found = COMPUTING_TYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in COMPUTING_TYPES.values():
-        raise ValueError(f"dtype: expected one of {', '.join(COMPUTING_TYPES)}, found {dtype}")
+    found = COMPUTE_DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in COMPUTE_DTYPES.values():
+        raise ValueError(f"dtype: expected one of {', '.join(COMPUTE_DTYPES)}, found {dtype}")
     return found
 
 

@@ -248,7 +248,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     """Replace a model's quantized weights by plain ones in place; tied weights stay tied.
 
     Args:
-        dtype: type of the plain weights. Default: each weight's computing type.
+        dtype: type of the plain weights. Default: each weight's compute dtype.
     """
     plain: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -27,7 +27,7 @@ def quantize_model(
         progress: called with each parameter's name and number of weights once it is done.
 
     Returns:
-        The model itself, its computing types unchanged; a transformers model can now be saved with `save_pretrained`.
+        The model itself, its compute dtypes unchanged; a transformers model can now be saved with `save_pretrained`.
 
     Raises:
         CoverageError: if more than 1 % of the matrices would stay in float without a `skip` pattern.

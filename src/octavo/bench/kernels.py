@@ -1,4 +1,4 @@
-"""One token through one matrix: weights a second, against the memory's bandwidth and PyTorch's own products.
+"""One token through one matrix: weights per second, against the memory's bandwidth and PyTorch's own products.
 
 A token of a language model costs one read of every weight, so what a product can reach is set by the memory. Each function here
 goes through STREAM_BYTES of weights, as many copies of the matrix as that takes, so that they come from memory and not from a
@@ -96,7 +96,7 @@ def linear(
     Returns:
         rows, columns, dtype, block_size, codebook (its kind), bytes (stored, of one matrix), rounds;
         `weights_per_second`: name → median, low, high, for "octavo" and each peer; `faster_by`: the same of Octavo's speed over
-        each peer's; `bandwidth`: bytes a second that the memory delivered; `share`: of it that Octavo's kernels read.
+        each peer's; `bandwidth`: bytes per second that the memory delivered; `share`: of it that Octavo's kernels read.
     """
     device = torch.device(device)
     stream_bytes = stream_bytes or STREAM_BYTES.get(device.type, STREAM_BYTES["cpu"])

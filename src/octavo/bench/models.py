@@ -91,7 +91,7 @@ class Engine:
         """What the model is made of.
 
         Returns:
-            class, device, dtype (computing type); parameters: numbers in all; bytes: they take; context: most tokens, or None;
+            class, device, dtype (compute dtype); parameters: numbers in all; bytes: they take; context: most tokens, or None;
             matrices: [rows, columns, block size, kind of codebook (`kernels.kind_of`), how many] of those in 8 bits, most weights
             first; fallbacks: operations so far that de-quantized a whole weight.
         """

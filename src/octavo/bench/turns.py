@@ -16,7 +16,7 @@ import psutil
 from .load import Meter, cpu_seconds, too_much
 from .process import Worker
 
-# What the machine itself delivers, measured in each round: bytes a second from memory, and operations a second in the caches.
+# What the machine itself delivers, measured in each round: bytes per second from memory, and operations per second in the caches.
 PROBES = ("bandwidth", "compute")
 # A round in which one of them is below this share of the run's best is disturbed: by a neighbour, or a slower clock, that the
 # counters do not show.
@@ -33,7 +33,7 @@ def take_turns(
     extra: int = 0,
     probes: Mapping[str, Callable[[], float]] | None = None,
 ) -> dict[str, list]:
-    """Tokens a second of each engine, round by round; every engine runs once before, unmeasured.
+    """Tokens per second of each engine, round by round; every engine runs once before, unmeasured.
 
     Args:
         workers: name → engine.
@@ -44,7 +44,7 @@ def take_turns(
         probes: name, of PROBES, → a measurement of the machine, made before each engine's turn.
 
     Returns:
-        For each engine its tokens a second. For each round: "others" and "steal", cores that other work took; "waiting", cores
+        For each engine its tokens per second. For each round: "others" and "steal", cores that other work took; "waiting", cores
         that the engines took whose turn it was not; and of each probe the least of the round (0 where it is not measured).
         See `undisturbed`.
     """

@@ -14,7 +14,7 @@ import torch
 
 from ..text_files import read_text
 
-# Fewer say too little of thousands of weights a row.
+# Fewer say too little of thousands of weights per row.
 FEWEST_TOKENS = 1024
 # Characters a token has at least and at most, on average, in any text worth calibrating on.
 SHORTEST_TOKEN, LONGEST_TOKEN = 3, 16
@@ -29,7 +29,7 @@ def read_windows(
         sources: text files; each gives an equal share of the tokens.
         tokenizer: the model's; it puts its start and end tokens around each window.
         tokens: tokens in all, about.
-        longest: tokens a window holds at most.
+        longest: tokens that a window holds at most.
 
     Returns:
         int64 [at most `longest`] each.

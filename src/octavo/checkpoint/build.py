@@ -44,7 +44,7 @@ def build_model(
     Args:
         source: an open checkpoint; weights that it holds in 8 bits keep their bytes.
         config: how the other matrices are quantized; None: nothing is, and the model is a float one.
-        dtype: computing type, also that of the parameters that stay in float.
+        dtype: compute dtype, also that of the parameters that stay in float.
         device_map: as transformers takes it: a device, or modules → devices.
         model_config: a transformers configuration in place of the checkpoint's own.
         changes: options of the user that also change the generation's configuration, where they are some of it.

@@ -61,7 +61,7 @@ class Item:
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight."""
+        """Stored bits per weight."""
         return 8 * self.nbytes / self.weights if self.weights else 0.0
 
 

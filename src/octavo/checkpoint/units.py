@@ -45,7 +45,7 @@ class Output:
         dtype: its type, if it stays in float.
         entry: how it is quantized; None if it is not.
         config: how it is quantized, if it is.
-        blocks: scales a row, if quantized.
+        blocks: scales per row, if quantized.
         exact: the published checkpoint's own bytes are kept (if that fails, `config` holds).
         check: NaN and infinity in it are an error.
         stored: its name in a file (`octavo.checkpoint.names.stored_names`), to which its parts' suffixes come; default: `name`.

@@ -1,4 +1,4 @@
-"""The `octavo` command: one file a subcommand, each importing what it needs only when it runs.
+"""The `octavo` command: one file per subcommand, each importing what it needs only when it runs.
 
 Example:
     $ octavo --help

@@ -39,8 +39,8 @@ def bench(
 ) -> None:
     """Measure kernels and a model on this machine, in about a minute.
 
-    Kernels: one token through one matrix, in billions of weights a second, against what the memory delivers and
-    against PyTorch. Model: tokens a second, memory and time to start, in 8 bits and with the same weights in float,
+    Kernels: one token through one matrix, in billions of weights per second, against what the memory delivers and
+    against PyTorch. Model: tokens per second, memory and time to start, in 8 bits and with the same weights in float,
     each in a process of its own. What is compared takes turns; the tables give medians, and ranges in brackets.
 
     Examples:
@@ -158,9 +158,9 @@ def _show_model(out: Any, model: dict[str, Any]) -> None:
                 theirs = found[method]["peer"]
                 row += [name, _spread(spread(theirs), ".4g"), _spread(ratios(mine, theirs))]
             rows.append(row)
-    titles = ["tokens", "8 bits", "in float", "tokens a second", "8 bits faster by"][: len(rows[0])]
+    titles = ["tokens", "8 bits", "in float", "tokens per second", "8 bits faster by"][: len(rows[0])]
     show_table(
-        out, titles, rows, title="Tokens a second, and how much faster 8 bits are than float", left=(0, 2)
+        out, titles, rows, title="Tokens per second, and how much faster 8 bits are than float", left=(0, 2)
     )
     engines = {"8 bits": model["octavo"]} | model["peers"]
     for name, found in engines.items():

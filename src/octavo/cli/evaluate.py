@@ -161,7 +161,7 @@ def _show(found: Any) -> None:
         return f"  (95 % interval {pair[0]:.{digits}f} to {pair[1]:.{digits}f})" if pair else ""
 
     facts = [
-        ("model", f"{found.model}, {found.bits_per_weight:.2f} bits a weight, in {found.measured.dtype}"),
+        ("model", f"{found.model}, {found.bits_per_weight:.2f} bits per weight, in {found.measured.dtype}"),
         ("perplexity", f"{result.perplexity:.4f}{between(found.perplexity_interval)}"),
         ("  per word", f"{result.word_perplexity:,.6g}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),

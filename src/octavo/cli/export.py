@@ -22,7 +22,7 @@ def export(
     to: Annotated[
         Literal["f16", "q8_0", "bf16", "f32"],
         typer.Option(
-            help="f16: the weights as they are, to float16's rounding; q8_0: 8.5 bits a weight, rounded once more; "
+            help="f16: the weights as they are, to float16's rounding; q8_0: 8.5 bits per weight, rounded once more; "
             "bf16, f32: for weights beyond float16's range."
         ),
     ] = "f16",

@@ -8,7 +8,7 @@ import typer
 
 from .options import Overwrite, not_blank, size
 
-# A source that holds fewer bits a weight than this has lost more than 8 bits can show.
+# A source that holds fewer bits per weight than this has lost more than 8 bits can show.
 NARROW = 8.0
 
 
@@ -42,7 +42,7 @@ def quantize(
         typer.Option(
             metavar="N",
             min=1,
-            help="Weights that share a scale: smaller is more exact and larger. Default: 64 for fitted (8.25 bits a weight), "
+            help="Weights that share a scale: smaller is more exact and larger. Default: 64 for fitted (8.25 bits per weight), "
             "4096 for dynamic.",
             show_default=False,
         ),
@@ -155,7 +155,7 @@ def _warn_of_a_narrow_source(opened: Any, messages: Any) -> None:
     if bits < NARROW:
         say(
             messages,
-            f"note: {opened.files[0].name} holds {bits:.1f} bits a weight. In 8 bits it will be larger, and no better: what "
+            f"note: {opened.files[0].name} holds {bits:.1f} bits per weight. In 8 bits it will be larger, and no better: what "
             "those bits lost is lost. Where the original in 16 bits is to be had, quantize that",
             style="yellow",
         )

@@ -194,7 +194,7 @@ def _run_vllm(settings, names, model, folder, adapter, template, dtype, extra) -
     import psutil
     import torch
 
-    from octavo.loading import computing_type
+    from octavo.loading import compute_dtype
     from octavo.serving.vllm_engine import command
 
     file = None
@@ -206,7 +206,7 @@ def _run_vllm(settings, names, model, folder, adapter, template, dtype, extra) -
     if dtype is None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         own = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-        dtype = "auto" if own is None else str(computing_type(own, device)).removeprefix("torch.")
+        dtype = "auto" if own is None else str(compute_dtype(own, device)).removeprefix("torch.")
     free = psutil.virtual_memory().available if device.type == "cpu" else None
     address = urlsplit(settings.url)
     line = command(

@@ -64,7 +64,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     above.set_ylabel("mean KL divergence\nfrom the float model, nats a token")
     below.axhline(0, color="black", linewidth=0.8, zorder=0)
     below.set_ylabel("change of perplexity, %")
-    below.set_xlabel("bits a weight, scales and codebooks included")
+    below.set_xlabel("bits per weight, scales and codebooks included")
     for axes in (above, below):
         axes.grid(True, which="both", axis="y", color="#e4e4e4", linewidth=0.6)
         axes.set_axisbelow(True)

@@ -134,7 +134,7 @@ class Evaluation:
 
     Attributes:
         perplexity_interval: of the model itself: how far another text of the same kind might lead; None if the text is too short.
-        bits_per_weight: stored bits a weight of its matrices, scales and codebooks included; None if unknown.
+        bits_per_weight: stored bits per weight of its matrices, scales and codebooks included; None if unknown.
     """
 
     model: str

@@ -4,7 +4,7 @@ Octavo's formats go through its own operations and llama.cpp's through the gguf 
 format costs a model is then measured on a float model that holds the decoded weights, with no kernel of that format
 needed.
 
-    name                      what                                                             bits a weight, about
+    name                      what                                                             bits per weight, about
     float32, bfloat16, ...    plain types                                                      32, 16
     published                 dynamic map, blocks of 4096 over the flattened matrix            8.01
     bitsandbytes              the same, made by that library (which must be installed)         8.01

@@ -47,7 +47,7 @@ def load_as_it_is(
     from ..checkpoint import open_source
     from ..checkpoint.build import build_model
     from ..checkpoint.skeleton import model_class_of
-    from ..loading import _dtype, computing_type, load
+    from ..loading import _dtype, compute_dtype, load
 
     with open_source(src) as source:
         if config is None and not source.eight_bit:
@@ -56,7 +56,7 @@ def load_as_it_is(
                 raise ValueError(
                     f"device {place}: this torch finds no GPU; leave --device out to use the CPU"
                 )
-            asked = _dtype(dtype) or computing_type(source.dtype, place)
+            asked = _dtype(dtype) or compute_dtype(source.dtype, place)
             if source.kind == "packed":
                 return build_model(source, None, asked, {"": str(place)}).eval()
             model = model_class_of(source.model_config()).from_pretrained(
@@ -71,7 +71,7 @@ def load_as_it_is(
 
 
 def stored_bits(src: str | Path) -> float:
-    """Stored bits a weight: of the matrices in 8 bits, scales and codebooks included; of a plain model, of all its matrices."""
+    """Stored bits per weight: of the matrices in 8 bits, scales and codebooks included; of a plain model, of all its matrices."""
     from ..checkpoint.inspection import report
 
     found = report(src)

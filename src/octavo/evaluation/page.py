@@ -2,7 +2,7 @@
 
     DIR/index.html            the page, plots inside
     DIR/evaluation.json       what `octavo evaluate --json` prints
-    DIR/perplexity.png        perplexity against bits a weight
+    DIR/perplexity.png        perplexity against bits per weight
     DIR/error-by-layer.png, error-by-tensor.png, codebooks.png        of a quantized model, with a base
 
 Example:

@@ -25,7 +25,7 @@ class Perplexity:
         tokens: tokens scored.
         words: words of the text, by white space.
         bytes: bytes of the text in UTF-8.
-        window: tokens a window holds at most.
+        window: tokens that a window holds at most.
         stride: tokens from one window to the next.
     """
 

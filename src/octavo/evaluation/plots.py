@@ -26,7 +26,7 @@ DPI = 130
 
 @dataclass(frozen=True)
 class Point:
-    """A format: its name, stored bits a weight, perplexity, and the interval of 95 % (None if there is none)."""
+    """A format: its name, stored bits per weight, perplexity, and the interval of 95 % (None if there is none)."""
 
     name: str
     bits: float
@@ -66,7 +66,7 @@ def plot_perplexity(
     base: tuple[str, float] | None = None,
     title: str = "Perplexity against size",
 ) -> None:
-    """Perplexity with intervals against bits a weight.
+    """Perplexity with intervals against bits per weight.
 
     Args:
         base: name and perplexity of the model they are compared with: a line across, and a scale of changes in percent. The
@@ -110,7 +110,9 @@ def plot_perplexity(
         axes.set_xlim(points[0].bits - 0.5, points[0].bits + 0.5)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.set(
-        xlabel="stored bits a weight, scales and codebooks included", ylabel="perplexity a token", title=title
+        xlabel="stored bits per weight, scales and codebooks included",
+        ylabel="perplexity per token",
+        title=title,
     )
     figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelspacing=0.9)
     figure.savefig(path, dpi=DPI)

@@ -134,13 +134,13 @@ class OctavoHfQuantizer(HfQuantizer):
             self.plan.check()
         names = self.plan.names
         self.dtype = dtype or torch.get_default_dtype()
-        self.dtypes = _computing_types(model, dict.fromkeys(names, self.dtype), self.dtype)
+        self.dtypes = _compute_dtypes(model, dict.fromkeys(names, self.dtype), self.dtype)
         plain = {
             name: value.dtype
             for name, value in model.state_dict().items()
             if isinstance(value, torch.Tensor) and value.is_floating_point() and name not in names
         }
-        self.plain_dtypes = _computing_types(model, plain, self.dtype)
+        self.plain_dtypes = _compute_dtypes(model, plain, self.dtype)
         self.leaves = {name.rpartition(".")[2] for name in names}
         self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
         if not self.pre_quantized:
@@ -218,7 +218,7 @@ class OctavoHfQuantizer(HfQuantizer):
         ]
 
     def get_new_dtype(self, converter, param, dtype):
-        # The stored parts keep their types whatever computing type is asked for.
+        # The stored parts keep their types whatever compute dtype is asked for.
         operations = getattr(converter, "operations", ())
         return None if any(isinstance(operation, Deserialize) for operation in operations) else dtype
 
@@ -345,7 +345,7 @@ def _undo_only_renamings(model: Any) -> None:
     model._weight_conversions = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
 
 
-def _computing_types(model, types: dict[str, torch.dtype], asked: torch.dtype) -> dict[str, torch.dtype]:
+def _compute_dtypes(model, types: dict[str, torch.dtype], asked: torch.dtype) -> dict[str, torch.dtype]:
     """`types` by name, float32 where the model asks for it (`_keep_in_fp32_modules`) when it is loaded in type `asked`."""
     kept = [
         (re.compile(pattern.replace("*", ".*")), dtype)

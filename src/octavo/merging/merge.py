@@ -83,7 +83,7 @@ def merge(
         to: "8bit" (the changed weights get codebooks fitted anew, all others keep their bytes), "float16",
             "bfloat16".
         overwrite: replace `out`, once the new one is whole; and discard unfinished work that does not match.
-        max_shard_size: bytes a file takes at most.
+        max_shard_size: bytes that a file takes at most.
         progress: called with bytes read so far, bytes to read, and the parameter at hand.
 
     Raises:

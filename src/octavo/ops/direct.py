@@ -75,7 +75,7 @@ def _straight(x: torch.Tensor, qdata: torch.Tensor, bias: torch.Tensor | None, w
     return (
         ready
         and type(x) is torch.Tensor
-        and x.dtype in schema.COMPUTING_TYPES
+        and x.dtype in schema.COMPUTE_DTYPES
         and x.dim() >= 1
         and x.shape[-1] == width
         and (bias is None or (bias.shape == qdata.shape[:1] and bias.dtype == x.dtype))

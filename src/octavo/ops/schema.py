@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 
 NAMESPACE = "octavo"
-COMPUTING_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCALE_TYPES = (torch.float16, torch.float32)
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -99,7 +99,7 @@ def check_packed(
 
 def _check_input(operation: str, x: torch.Tensor, width: int, qdata: torch.Tensor) -> None:
     _require(
-        x.dtype in COMPUTING_TYPES, operation, "type of the input", "float32, float16 or bfloat16", x.dtype
+        x.dtype in COMPUTE_DTYPES, operation, "type of the input", "float32, float16 or bfloat16", x.dtype
     )
     _require(
         x.dim() >= 1 and x.shape[-1] == width,
@@ -124,7 +124,7 @@ def check_quantize(weight, code, block_size, absmax_dtype) -> None:
 
 def check_dequantize(qdata, absmax, code, block_size, dtype) -> None:
     check_packed("dequantize", qdata, absmax, code, block_size)
-    _require(dtype in COMPUTING_TYPES, "dequantize", "type asked for", "float32, float16 or bfloat16", dtype)
+    _require(dtype in COMPUTE_DTYPES, "dequantize", "type asked for", "float32, float16 or bfloat16", dtype)
 
 
 def check_linear(x, qdata, absmax, code, block_size, bias=None) -> None:
@@ -150,7 +150,7 @@ def check_embedding(ids, qdata, absmax, code, block_size, dtype) -> None:
     check_packed("embedding", qdata, absmax, code, block_size)
     _require(ids.dtype in (torch.int64, torch.int32), "embedding", "type of ids", "int64 or int32", ids.dtype)
     _require(ids.device == qdata.device, "embedding", "device of ids", qdata.device, ids.device)
-    _require(dtype in COMPUTING_TYPES, "embedding", "type asked for", "float32, float16 or bfloat16", dtype)
+    _require(dtype in COMPUTE_DTYPES, "embedding", "type asked for", "float32, float16 or bfloat16", dtype)
 
 
 def check_histogram(weight, block_size, bins, absmax_dtype) -> None:

@@ -92,7 +92,7 @@ def set_data(weight, value):
 
     Plain values are quantized into the weight's own storage: `.data` has handed out aliases of it. The same storage again,
     as `weight.data += delta` ends, changes nothing. Another 8-bit weight is taken over as it is, with its device and
-    computing type; so are plain values of another shape (a vocabulary that grows), once they are quantized.
+    compute dtype; so are plain values of another shape (a vocabulary that grows), once they are quantized.
     """
     if not isinstance(weight, OctavoTensor):
         return NotImplemented

@@ -1,6 +1,6 @@
 """Aliases and copies of an `OctavoTensor`, and new tensors made after its model: `.detach()`, `.to()`, `weight.new_zeros(...)`.
 
-Aliases share storage; `.to()` moves bytes or changes the computing type and never requantizes. New tensors are plain floats
+Aliases share storage; `.to()` moves bytes or changes the compute dtype and never requantizes. New tensors are plain floats
 (a cache, a state, an adapter), except for FSDP2, which asks for room for its shard of the weight.
 
 Example:

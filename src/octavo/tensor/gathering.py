@@ -62,7 +62,7 @@ class Gathers:
         Args:
             outputs: qdata, and, unless `metadata` has them, absmax and code.
             metadata: from `fsdp_pre_all_gather`.
-            param_dtype: the computing type that FSDP2's mixed precision asks for.
+            param_dtype: the compute dtype that FSDP2's mixed precision asks for.
             out: the weight of the last time, whose storage FSDP2 has filled again.
         """
         if out is not None:

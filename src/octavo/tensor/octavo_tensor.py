@@ -1,6 +1,6 @@
 """`OctavoTensor`: a frozen weight in 8 bits that passes for the float weight it stands for.
 
-It has the shape, device and computing type of that weight and holds three plain tensors:
+It has the shape, device and compute dtype of that weight and holds three plain tensors:
 
     qdata   uint8              [..., N, K]             rows are outputs
     absmax  float16 | float32  [..., N, ceil(K / B)]
@@ -156,7 +156,7 @@ class OctavoTensor(Gathers, torch.Tensor):
             config: codebook, block size, type of the scales. Default: `OctavoConfig()`.
             name: the parameter's name, for errors.
             transposed: the weight holds inputs as rows; its transpose is stored.
-            dtype: computing type, float32, float16 or bfloat16. Default: the weight's.
+            dtype: compute dtype, float32, float16 or bfloat16. Default: the weight's.
 
         Raises:
             ValueError: if the weight holds NaN or infinity or is no matrix, naming it.
@@ -183,7 +183,7 @@ class OctavoTensor(Gathers, torch.Tensor):
         return cls(qdata, absmax, code, block_size, dtype, transposed, codebook)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The plain weight in `dtype` (default: the computing type), of this tensor's shape."""
+        """The plain weight in `dtype` (default: the compute dtype), of this tensor's shape."""
         if torch.is_grad_enabled() and has_history(self):
             return _Dequantized.apply(self, dtype)
         return self.decode(dtype)
@@ -191,8 +191,8 @@ class OctavoTensor(Gathers, torch.Tensor):
     def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """`dequantize` for handlers of aten operations, below which there is no autograd."""
         dtype = dtype or self.dtype
-        # The kernels know the computing types; any other (float64, integers) is cast from float32.
-        computed = dtype if dtype in ops.schema.COMPUTING_TYPES else torch.float32
+        # The kernels know the compute dtypes; any other (float64, integers) is cast from float32.
+        computed = dtype if dtype in ops.schema.COMPUTE_DTYPES else torch.float32
         dense = stored.dequantize(self.qdata, self.absmax, self.code, self.block_size, computed)
         dense = dense.to(dtype)
         return dense.mT if self.transposed else dense
@@ -253,7 +253,7 @@ class OctavoTensor(Gathers, torch.Tensor):
         return OctavoTensor.from_float(values.detach(), config, transposed=self.transposed, dtype=self.dtype)
 
     def take_parts(self, other: "OctavoTensor") -> None:
-        """Become an alias of `other`, whose shape, device and computing type this tensor has been given."""
+        """Become an alias of `other`, whose shape, device and compute dtype this tensor has been given."""
         for name in (*SUFFIXES, "block_size", "transposed", "codebook"):
             setattr(self, name, getattr(other, name))
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
-from ..ops.schema import COMPUTING_TYPES
+from ..ops.schema import COMPUTE_DTYPES
 from .octavo_tensor import OctavoTensor, aten, handles
 
 
@@ -35,7 +35,7 @@ def _product(x: torch.Tensor, weight: OctavoTensor, transpose: bool, bias: torch
     if isinstance(x, OctavoTensor):
         return NotImplemented
     x = _autocast(x)
-    if x.dtype not in COMPUTING_TYPES or isinstance(bias, OctavoTensor):
+    if x.dtype not in COMPUTE_DTYPES or isinstance(bias, OctavoTensor):
         return NotImplemented
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
@@ -69,7 +69,7 @@ def embedding(
     # padding_idx, scale_grad_by_freq and sparse concern only the gradient of the weight, which there is none of.
     if not is_matrix(weight) or weight.transposed or max_norm is not None:
         return NotImplemented
-    if weight.dtype not in COMPUTING_TYPES:
+    if weight.dtype not in COMPUTE_DTYPES:
         return NotImplemented
     return ops.embedding(input, weight.qdata, weight.absmax, weight.code, weight.block_size, weight.dtype)
 

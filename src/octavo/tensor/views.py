@@ -167,7 +167,7 @@ def index(weight, indices):
     ids = indices[0]
     if weight.code.dim() == 2 and ids.dim() == 1:
         return each(weight, lambda part: part[ids])
-    if weight.dim() == 2 and not weight.transposed and weight.dtype in ops.schema.COMPUTING_TYPES:
+    if weight.dim() == 2 and not weight.transposed and weight.dtype in ops.schema.COMPUTE_DTYPES:
         ids = torch.where(ids < 0, ids + weight.shape[0], ids)
         return ops.embedding(ids, weight.qdata, weight.absmax, weight.code, weight.block_size, weight.dtype)
     return NotImplemented

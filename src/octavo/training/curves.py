@@ -77,7 +77,7 @@ def write_curve(history: list[dict[str, float]], path: str | Path, title: str = 
                 xytext=(6 if step == held[0][0] else -6, 8),
                 ha="left" if step == held[0][0] else "right",
             )
-    axes.set(xlabel="step", ylabel="loss a token (nats)")
+    axes.set(xlabel="step", ylabel="loss per token (nats)")
     # Two dollars in a file's name are no formula.
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)

@@ -196,7 +196,7 @@ def unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The values of MXFP4 blocks.
 
     Args:
-        blocks: uint8 [..., G, B], two values a byte.
+        blocks: uint8 [..., G, B], two values per byte.
         scales: uint8 [..., G], 2^(byte - 127).
 
     Returns:

@@ -52,7 +52,7 @@ def convert(
             codebooks and scales whatever it says, unless `requantize`.
         overwrite: replace `out`, once the new one is whole; and discard an interrupted conversion that does
             not match.
-        max_shard_size: bytes a file of weights takes at most.
+        max_shard_size: bytes that a file of weights takes at most.
         requantize: de-quantize a published 8-bit checkpoint and quantize it anew as `config` says.
         calibration: chooses codes by the error of each matrix's output on a text; the whole model, in 8 bits, is
             then in memory.

@@ -197,7 +197,7 @@ def _write_packed(output: Output, parts: Any, shard: ShardFile, scales: torch.dt
 
 def _computable(matrix: torch.Tensor) -> torch.Tensor:
     """In a type the operations take, rows contiguous (a transposed one is walked row by row several times)."""
-    if matrix.dtype not in ops.schema.COMPUTING_TYPES and matrix.is_floating_point():
+    if matrix.dtype not in ops.schema.COMPUTE_DTYPES and matrix.is_floating_point():
         matrix = matrix.to(torch.float32)
     return matrix.contiguous()
 

@@ -69,7 +69,7 @@ class CheckpointWriter:
         options: what, besides source and units, decides the bytes that are written: unfinished work of other options is
             not gone on with.
         overwrite: discard unfinished work that does not match.
-        max_shard_size: bytes a file of weights takes at most.
+        max_shard_size: bytes that a file of weights takes at most.
         calibration: chooses codes by the error of each matrix's output on a text.
         open_calibration: called with the names of the matrices still to be written.
     """

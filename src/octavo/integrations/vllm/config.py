@@ -17,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ...config import OctavoConfig
-from ...ops.schema import COMPUTING_TYPES
+from ...ops.schema import COMPUTE_DTYPES
 from .experts import OctavoExpertsMethod
 from .layers import OctavoEmbeddingMethod, OctavoLinearMethod
 from .weights import Assembling
@@ -54,7 +54,7 @@ class VllmOctavoConfig(QuantizationConfig):
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return list(COMPUTING_TYPES)
+        return list(COMPUTE_DTYPES)
 
     @classmethod
     def get_min_capability(cls) -> int:

@@ -26,7 +26,7 @@ def assemble(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield plain tensors as they come, and a weight in 8 bits under its plain name once its three parts have come.
 
-    Its computing type is torch's default type, which vLLM sets to the model's while it loads.
+    Its compute dtype is torch's default type, which vLLM sets to the model's while it loads.
 
     Raises:
         ValueError: if a part is missing in the end or the parts do not fit together, naming the weight.

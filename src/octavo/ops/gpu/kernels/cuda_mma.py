@@ -23,7 +23,7 @@ from ..device import multiprocessors
 from ..kernel import Call, Instance, Kernel
 
 CAPABILITY = (8, 0)
-# Tokens at most -> (16-row tiles a warp, groups of warps with rows of their own, depth), where that leaves each multiprocessor
+# Tokens at most -> (16-row tiles per warp, groups of warps with rows of their own, depth), where that leaves each multiprocessor
 # two blocks or more, and where not. The second has fewer groups if a multiprocessor would get no block. Measured on an H100 in
 # bfloat16 (part "settings" of benchmarks.gpu), microseconds for 4096 x 4096, 16384 x 4096, 4096 x 16384:
 #   1 token: (2, 1, 2): 13.1 31.0 41.0; (1, 1, 2): 11.3 34.6 35.9        8 tokens: 13.4 33.1 41.8; 11.9 38.1 37.4
@@ -49,7 +49,7 @@ SMALL_FIRST_UP_TO = 32
 
 
 def tiling_for(tokens: int, rows: int, multiprocessors: int) -> tuple[int, int, int]:
-    """(16-row tiles a warp, groups of warps, depth): more rows a block for more tokens, while each multiprocessor
+    """(16-row tiles per warp, groups of warps, depth): more rows per block for more tokens, while each multiprocessor
     still gets a block."""
     tall, low = next(tilings for most, tilings in TILINGS.items() if tokens <= most)
     m_tiles, groups, depth = tall if is_tall(rows, multiprocessors) else low

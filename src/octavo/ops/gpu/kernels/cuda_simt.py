@@ -21,8 +21,8 @@ from ..cuda_launch import (
 from ..device import multiprocessors
 from ..kernel import Call, Instance, Kernel
 
-# Tokens at most -> (rows a warp, depth), where that leaves each multiprocessor two blocks or more, and where not. Measured on an
-# H100 in bfloat16 (part "settings" of benchmarks.gpu), microseconds for 4096 x 4096, 16384 x 4096, 4096 x 16384:
+# Tokens at most -> (rows per warp, depth), where that leaves each multiprocessor two blocks or more, and where not. Measured on
+# an H100 in bfloat16 (part "settings" of benchmarks.gpu), microseconds for 4096 x 4096, 16384 x 4096, 4096 x 16384:
 #   1 token: 4 rows, depth 1: 13.4 29.5 40.8; 2 rows, depth 4: 11.7 31.1 32.3.   2 tokens: 15.7 32.4 48.1; 13.9 43.1 41.0
 #   8 tokens: 2 rows, depth 1 / 2 / 4: 104 / 95 / 99 for 16384 x 4096
 TILINGS = {1: ((4, 1), (2, 4)), 2: ((4, 1), (2, 4)), 4: ((2, 2), (2, 2)), 8: ((2, 2), (2, 2))}
@@ -34,7 +34,7 @@ SMALL = 16
 
 
 def tiling_for(tokens: int, rows: int, multiprocessors: int) -> tuple[int, int]:
-    """(rows a warp, depth)."""
+    """(rows per warp, depth)."""
     tall, low = next(tilings for most, tilings in TILINGS.items() if tokens <= most)
     return tall if is_tall(rows, multiprocessors) else low
 

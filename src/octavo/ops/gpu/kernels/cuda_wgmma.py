@@ -22,7 +22,7 @@ SOURCE = ("common", "stream", "wgmma", "linear_wgmma")
 CAPABILITY = (9, 0)
 ROWS = 128
 COLUMNS = 64
-# Tokens at most -> (tokens a block, depth, stages, groups). Measured on an H100 in bfloat16, microseconds for 4096 x 4096,
+# Tokens at most -> (tokens per block, depth, stages, groups). Measured on an H100 in bfloat16, microseconds for 4096 x 4096,
 # 16384 x 4096, 4096 x 16384; depth 2 and more stages are within 2 % of these:
 #    64 tokens: two groups 17.7 43.9 46.4; one (depth 4) 19.4 54.2 55.4
 #   128 tokens: two groups 21.7 49.5 54.5; one (depth 2) 22.3 57.6 62.8
@@ -55,7 +55,7 @@ def _compiled(name, device, dtype, scales, tile, depth, stages, groups) -> nvrtc
 
 
 def tiling_for(tokens: int) -> tuple[int, int, int, int]:
-    """(tokens a block, depth, stages, groups) for a number of tokens."""
+    """(tokens per block, depth, stages, groups) for a number of tokens."""
     return next((found for most, found in TILINGS.items() if tokens <= most), TILINGS[max(TILINGS)])
 
 

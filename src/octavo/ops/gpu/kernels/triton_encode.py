@@ -135,7 +135,7 @@ def histogram_kernel(
 
 
 def _grid(weight, block_size):
-    """Shared arguments of the kernels: number of blocks, blocks a row, columns; padding and blocks a program."""
+    """Shared arguments of the kernels: number of blocks, blocks per row, columns; padding and blocks per program."""
     rows, columns = weight.shape
     blocks = blocks_per_row(columns, block_size)
     # A row shorter than its block does not need the block's whole width.
@@ -168,7 +168,7 @@ def _scales(operation, weight, block_size, absmax_dtype):
     return absmax
 
 
-def _computing_type(weight):
+def _as_kernels_read(weight):
     weight = weight.contiguous()
     return (
         weight if weight.dtype in (torch.float32, torch.float16, torch.bfloat16) else weight.to(torch.float32)
@@ -179,7 +179,7 @@ def quantize(weight, code, block_size, absmax_dtype):
     """`octavo.ops.quantize`: weight float [N, K] → qdata uint8 [N, K], absmax. Waits for the device once."""
     if weight.numel() == 0:
         return reference.quantize(weight, code, block_size, absmax_dtype)
-    weight = _computing_type(weight)
+    weight = _as_kernels_read(weight)
     absmax = _scales("quantize", weight, block_size, absmax_dtype)
     qdata = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     boundaries = (code[:-1] + code[1:]) * 0.5
@@ -194,7 +194,7 @@ def histogram(weight, block_size, bins, absmax_dtype):
     """`octavo.ops.histogram`: int64 [bins], as `reference.histogram` defines it. Waits for the device once."""
     if weight.numel() == 0:
         return reference.histogram(weight, block_size, bins, absmax_dtype)
-    weight = _computing_type(weight)
+    weight = _as_kernels_read(weight)
     absmax = _scales("histogram", weight, block_size, absmax_dtype)
     median = reference.median_scale(absmax)
     counts = torch.zeros((HISTOGRAM_COPIES, bins), dtype=torch.int64, device=weight.device)
