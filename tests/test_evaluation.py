@@ -87,12 +87,12 @@ def test_what_is_streamed_equals_brute_force_whatever_the_batch(make):
     model, ids = make(), tokens_of(131).ids
     expected = brute_force(model, ids, 32, 12)
     for batch_size in (1, 3, None):
-        parts = list(scored(model, ids, 32, 12, batch_size, states=True))
+        parts = list(scored(model, ids, 32, 12, batch_size, hidden_states=True))
         assert [part.first for part in parts[1:]] == [part.stop for part in parts[:-1]]
         assert all(part.logits.shape[0] == part.stop - part.first for part in parts)
         found = torch.cat([part.logits for part in parts]).double().log_softmax(-1)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        states = torch.cat([part.states for part in parts])
+        states = torch.cat([part.hidden_states for part in parts])
         again = model.get_output_embeddings()(states).double().log_softmax(-1)
         torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
 

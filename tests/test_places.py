@@ -10,7 +10,7 @@ import pytest
 
 import octavo
 from octavo.checkpoint import CheckpointError, convert
-from octavo.checkpoint.writing.output_directory import Place
+from octavo.checkpoint.writing.output_directory import OutputDirectory
 
 from .test_checkpoint_models import save
 from .test_stream_convert import digest
@@ -179,5 +179,5 @@ def test_a_folder_of_the_users_that_is_called_replaced_is_left_alone(plain, tmp_
 
 
 def test_where_the_work_is_done():
-    assert Place(Path("out"), Path("out")).partial == Path("out.partial")
-    assert Place(Path("out"), Path("out"), inside=True).partial == Path("out/.octavo-partial")
+    assert OutputDirectory(Path("out"), Path("out")).partial == Path("out.partial")
+    assert OutputDirectory(Path("out"), Path("out"), inside=True).partial == Path("out/.octavo-partial")

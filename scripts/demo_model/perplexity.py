@@ -40,7 +40,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     print(f"{options.model}: stored weights in float32, window {options.window}, stride {options.stride}\n")
-    print("| text | bytes | tokens scored | loss per token | perplexity per token | per byte | bits per byte |")
+    print(
+        "| text | bytes | tokens scored | loss per token | perplexity per token | per byte | bits per byte |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for file in options.texts:
         text = file.read_text(encoding="utf-8")

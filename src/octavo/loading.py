@@ -68,7 +68,7 @@ def load(
     with open_source(src, revision=revision) as source:
         if config is not None and source.eight_bit:
             raise ValueError(f"{src} is quantized already: `config` cannot change how; leave it out")
-        asked = _dtype(dtype)
+        asked = dtype_named(dtype)
         if asked is None:
             asked = compute_dtype(source.dtype, device)
         if source.native:
@@ -129,14 +129,15 @@ def compute_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     return own
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The type asked for, by name or as it is; None for "auto". Raises ValueError for one that nothing computes in."""
     if dtype is None or dtype == "auto":
         return None
-    from .checkpoint.reading.source import COMPUTE_DTYPES
+    from .ops.schema import DTYPES_BY_NAME
 
-    found = COMPUTE_DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in COMPUTE_DTYPES.values():
-        raise ValueError(f"dtype: expected one of {', '.join(COMPUTE_DTYPES)}, found {dtype}")
+    found = DTYPES_BY_NAME.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in DTYPES_BY_NAME.values():
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES_BY_NAME)}, found {dtype}")
     return found
 
 

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from .. import __version__, demo, ops
+from ..ops.schema import DTYPES_BY_NAME
 from . import load, turns
 from .kernels import BLOCK, SHAPES, linear
 from .models import PROMPT
@@ -32,7 +33,6 @@ PUBLISHED_BLOCK = 4096
 # Share of the free memory that a model in float may take.
 FITS = 0.8
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Say = Callable[[str], object]
 
@@ -50,26 +50,26 @@ class Options:
     quick: bool = False
     kernels_only: bool = False
 
-    def place(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         """The device. Raises ValueError where there is no such one."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            place = torch.device(self.device)
+            device = torch.device(self.device)
         except RuntimeError:
-            place = None
-        if place is None or place.type not in ("cpu", "cuda"):
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {self.device}: expected auto, cpu, cuda or cuda:N")
-        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"--device {self.device}: this torch finds {torch.cuda.device_count()} GPUs; leave the option out"
             )
-        return place
+        return device
 
     def check(self) -> None:
         """Raise ValueError for a type that is not known."""
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        if self.dtype is not None and self.dtype not in DTYPES_BY_NAME:
+            raise ValueError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES_BY_NAME)}")
 
 
 def measure(options: Options, processor: str = "CPU", say: Say = lambda text: None) -> dict[str, Any]:
@@ -86,18 +86,18 @@ def measure(options: Options, processor: str = "CPU", say: Say = lambda text: No
         ValueError, OSError: on a device, type or model that is not there, or a model that does not continue text.
     """
     options.check()
-    place = options.place()
+    device = options.torch_device()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     found: dict[str, Any] = {
-        "machine": machine(place, processor),
+        "machine": machine(device, processor),
         "load_before": load.before_measuring(),
     }
     if options.kernels_only and options.model is None:
         return found | {"kernels": measure_kernels(None, options.dtype or "bfloat16", options, say)}
     source = options.model or str(demo.MODEL)
     say(f"Loading {source} in 8 bits")
-    with _start("Quantized", source, place, options.dtype) as octavo:
+    with _start("Quantized", source, device, options.dtype) as octavo:
         about = octavo.ask("describe")
         if options.model:
             found["kernels"] = measure_kernels(about["matrices"], about["dtype"], options, say)
@@ -109,15 +109,15 @@ def measure(options: Options, processor: str = "CPU", say: Say = lambda text: No
     return found
 
 
-def machine(place: torch.device, processor: str) -> dict[str, Any]:
+def machine(device: torch.device, processor: str) -> dict[str, Any]:
     """Where it is measured: device, cores, threads, memory_bytes, kernels (active ones, and why), versions."""
-    on_gpu = place.type == "cuda"
+    on_gpu = device.type == "cuda"
     kernels = ops.kernels()["GPU" if on_gpu else "CPU"]
     return {
-        "device": torch.cuda.get_device_name(place) if on_gpu else processor,
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor,
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": torch.cuda.mem_get_info(place)[1] if on_gpu else psutil.virtual_memory().total,
+        "memory_bytes": torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total,
         "kernels": str(kernels["active"]),
         "kernels_reason": str(kernels["reason"]),
         "versions": {"octavo": __version__, "torch": torch.__version__},
@@ -128,7 +128,7 @@ def measure_kernels(
     matrices: list[list[Any]] | None, dtype: str, options: Options, say: Say
 ) -> list[dict[str, Any]]:
     """One token through some matrices: [rows, columns, block size, kind of codebook, ...] each, or None for SHAPES."""
-    place = options.place()
+    device = options.torch_device()
     if matrices is None:
         matrices = [[rows, columns, BLOCK, "segments"] for rows, columns in SHAPES]
         matrices.append([*SHAPES[0], PUBLISHED_BLOCK, "table"])
@@ -139,9 +139,9 @@ def measure_kernels(
             linear(
                 rows,
                 columns,
-                place,
-                dtype=DTYPES[dtype],
-                peers=tuple(DTYPES[name] for name in _float_types(place)),
+                device,
+                dtype=DTYPES_BY_NAME[dtype],
+                peers=tuple(DTYPES_BY_NAME[name] for name in _float_types(device)),
                 block_size=block,
                 kind=kind,
                 rounds=QUICK_KERNEL_ROUNDS if options.quick else KERNEL_ROUNDS,
@@ -155,7 +155,7 @@ def measure_model(
     octavo: Worker, about: dict[str, Any], source: str, options: Options, say: Say
 ) -> dict[str, Any]:
     """A model in 8 bits against the same in float, one float type after the other."""
-    place = options.place()
+    device = options.torch_device()
     found: dict[str, Any] = {
         "source": source,
         **{name: about[name] for name in ("class", "device", "dtype", "parameters", "bytes")},
@@ -163,14 +163,14 @@ def measure_model(
         "left_out": {},
         "peers": {},
     }
-    types = list(dict.fromkeys([about["dtype"], *_float_types(place)]))
+    types = list(dict.fromkeys([about["dtype"], *_float_types(device)]))
     for name in types[: 1 if options.quick else 2]:
-        why = _too_large(about["parameters"] * DTYPES[name].itemsize, place)
+        why = _too_large(about["parameters"] * DTYPES_BY_NAME[name].itemsize, device)
         if why:
             found["left_out"][name] = why
             continue
         say(f"Loading {source} in {name}")
-        with _start("Dense", source, place, name) as peer:
+        with _start("Dense", source, device, name) as peer:
             workers = {"octavo": octavo, "peer": peer}
             found["peers"][name] = _turns(workers, found["tokens"], options, name, say) | _memory(peer)
     if not found["peers"]:
@@ -180,13 +180,13 @@ def measure_model(
     return found
 
 
-def _start(engine: str, source: str, place: torch.device, dtype: str | None) -> Worker:
+def _start(engine: str, source: str, device: torch.device, dtype: str | None) -> Worker:
     factory = f"octavo.bench.models:{engine}"
-    return Worker(factory, torch.get_num_threads(), source=source, device=str(place), dtype=dtype)
+    return Worker(factory, torch.get_num_threads(), source=source, device=str(device), dtype=dtype)
 
 
-def _float_types(place: torch.device) -> tuple[str, str]:
-    return ("bfloat16", "float32") if place.type == "cpu" else ("bfloat16", "float16")
+def _float_types(device: torch.device) -> tuple[str, str]:
+    return ("bfloat16", "float32") if device.type == "cpu" else ("bfloat16", "float16")
 
 
 def _lengths(context: int | None, options: Options) -> dict[str, int]:
@@ -199,9 +199,9 @@ def _lengths(context: int | None, options: Options) -> dict[str, int]:
     }
 
 
-def _too_large(needed: int, place: torch.device) -> str | None:
+def _too_large(needed: int, device: torch.device) -> str | None:
     """Why a model whose weights take so many bytes is not loaded."""
-    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed <= FITS * free:
         return None
     return f"its weights would take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"

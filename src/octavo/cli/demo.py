@@ -27,7 +27,7 @@ def demo(
     """
     from octavo import demo as shipped
     from octavo.checkpoint.reading.locate import locate
-    from octavo.checkpoint.writing.output_directory import choose_place
+    from octavo.checkpoint.writing.output_directory import choose_output_directory
 
     from .terminal import quiet_loading, say, terminal
 
@@ -36,7 +36,7 @@ def demo(
             f"{shipped.MODEL} holds no model: this installation lacks its data files. Install Octavo again, or make the model "
             "with scripts/demo_model/train.py"
         )
-    choose_place(out, locate(str(shipped.MODEL)), overwrite=True)
+    choose_output_directory(out, locate(str(shipped.MODEL)), overwrite=True)
     screen = terminal()
     say(
         screen,

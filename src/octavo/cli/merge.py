@@ -49,12 +49,12 @@ def merge(
     """
     import shlex
 
-    from octavo.checkpoint.writing.output_directory import choose_place
+    from octavo.checkpoint.writing.output_directory import choose_output_directory
 
     from .checks import check_model
     from .terminal import bytes_progress, say, say_command, terminal
 
-    choose_place(Path(out), check_model(model, adapter=adapter), overwrite)
+    choose_output_directory(Path(out), check_model(model, adapter=adapter), overwrite)
 
     from octavo.merging.merge import merge as run
 

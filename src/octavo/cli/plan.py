@@ -79,8 +79,8 @@ def plan(
 
     quiet_libraries()
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    place = device or here
-    chosen = dtype or ("bfloat16" if place == "cuda" else "float32")
+    target = device or here
+    chosen = dtype or ("bfloat16" if target == "cuda" else "float32")
     computing = getattr(torch, chosen)
     config, octavo_config, quantized = read_config(found.parent)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -102,15 +102,15 @@ def plan(
             max_length=length,
             batch_size=batch,
             recipe=recipe,
-            device=place,
+            device=target,
         )
 
-    loading = estimates.loading(config, octavo_config, computing, quantized=quantized, device=place)
+    loading = estimates.loading(config, octavo_config, computing, quantized=quantized, device=target)
     console = terminal()
     say(
         console,
         (model, "bold"),
-        f": {loading.parameters / 1e6:,.0f} million parameters in 8 bits, computing in {chosen} on {place}"
+        f": {loading.parameters / 1e6:,.0f} million parameters in 8 bits, computing in {chosen} on {target}"
         + (
             "; this machine has no GPU: --device cuda plans for one"
             if device is None and here == "cpu"
@@ -124,7 +124,7 @@ def plan(
 
     def generate(length: int, batch: int):
         return estimates.generating(
-            config, octavo_config, computing, max_length=length, batch_size=batch, device=place
+            config, octavo_config, computing, max_length=length, batch_size=batch, device=target
         )
 
     try:

@@ -97,7 +97,7 @@ def quantize(
             --calibrate novel.txt --calibrate manual.txt
     """
     from octavo.checkpoint.reading.locate import Hub
-    from octavo.checkpoint.writing.output_directory import choose_place
+    from octavo.checkpoint.writing.output_directory import choose_output_directory
 
     from .checks import check_model
     from .terminal import bytes_progress, quiet_loading, say, terminal, warnings_as_lines
@@ -108,7 +108,7 @@ def quantize(
 
         for text in calibrate:
             read_text(text, "--calibrate")
-    choose_place(out, check_model(source, hub=Hub(trust_remote_code=trust_remote_code)), overwrite)
+    choose_output_directory(out, check_model(source, hub=Hub(trust_remote_code=trust_remote_code)), overwrite)
 
     from octavo.checkpoint import convert, open_source
     from octavo.config import OctavoConfig

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .plots import COLOURS, MARKERS
+
 # Bits beyond the smallest format's within which formats are drawn as points.
 POINTS_WITHIN = 2.0
 OURS = "fitted-"
 LONGEST_NAME = 56
-COLORS = ("#d1495b", "#30638e", "#8d6a9f", "#b07d2b", "#5b8c5a", "#7a7a7a")
-MARKERS = ("s", "^", "D", "v", "P", "X")
 SHADES = ("#0b3c2f", "#14634c", "#1f8a6a", "#35b68d", "#6fd3b3", "#a5e6d1")
 
 
@@ -123,5 +123,6 @@ def _styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     styles = {row["format"]: (SHADES[i % len(SHADES)], "o") for i, row in enumerate(_ours(rows))}
     others = [row["format"] for row in rows if row["format"] not in styles]
     return styles | {
-        name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(others)
+        name: (COLOURS[i % len(COLOURS)], MARKERS[1 + i % (len(MARKERS) - 1)])
+        for i, name in enumerate(others)
     }

@@ -263,7 +263,7 @@ def measure(
     about = About.of(name, model, tokens, window, stride)
     with LogitsWriter(save, model, about) if save is not None else nullcontext() as writer:
         for each in tokens:
-            for part in scored(model, each.ids, window, stride, batch_size, states=writer is not None):
+            for part in scored(model, each.ids, window, stride, batch_size, hidden_states=writer is not None):
                 targets = each.ids[part.first : part.stop]
                 here = slice(at, at + len(targets))
                 nll[here] = token_nll(part.logits, targets)

@@ -35,12 +35,12 @@ import torch.nn.functional as F
 
 from .. import codebook, ops
 from ..config import OctavoConfig
+from ..ops.schema import DTYPES_BY_NAME
 from ..quantizer import quantize_parameter
 from ..tensor import OctavoTensor
 
 PUBLISHED_BLOCK = 4096
 GGUF_BLOCK = 32
-PLAIN_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What `octavo compare` compares when it is not told.
 USUAL = (
     "published",
@@ -103,8 +103,8 @@ def find_format(name: str) -> Format:
     Raises:
         ValueError: if there is none, listing what there is.
     """
-    if name in PLAIN_TYPES:
-        return Format(name, name, partial(_plain, dtype=PLAIN_TYPES[name]))
+    if name in DTYPES_BY_NAME:
+        return Format(name, name, partial(_plain, dtype=DTYPES_BY_NAME[name]))
     if name in _SINGLE:
         title, encode = _SINGLE[name]
         return Format(name, title, encode)
@@ -112,7 +112,7 @@ def find_format(name: str) -> Format:
     if kind in _BLOCKED and re.fullmatch(r"[1-9][0-9]{0,8}", size):
         title, encode = _BLOCKED[kind]
         return Format(name, title.format(size), partial(encode, block_size=int(size)))
-    known = ", ".join([*PLAIN_TYPES, *_SINGLE, *(f"{kind}-B" for kind in _BLOCKED)])
+    known = ", ".join([*DTYPES_BY_NAME, *_SINGLE, *(f"{kind}-B" for kind in _BLOCKED)])
     raise ValueError(f"format: expected one of {known} (B: weights that share a scale), found {name!r}")
 
 

@@ -21,7 +21,7 @@ Example:
     >>> from octavo.evaluation.texts import read_texts, tokenize
     >>> tokens = tokenize(read_texts(["book.txt"]), tokenizer)
     >>> with LogitsWriter("base.logits", model, About.of("base", model, tokens, 512, 256)) as writer:
-    ...     for part in scored(model, tokens[0].ids, 512, 256, states=True):
+    ...     for part in scored(model, tokens[0].ids, 512, 256, hidden_states=True):
     ...         writer.add(part, token_nll(part.logits, tokens[0].ids[part.first : part.stop]))
     >>> LogitsReader("base.logits").rows(0, 10).shape
     torch.Size([10, 4096])
@@ -37,13 +37,13 @@ from typing import Any
 import torch
 
 from ..checkpoint.writing.shards import ShardFile, header_room
+from ..ops.schema import COMPUTE_DTYPES
 from ..tensor import OctavoTensor
 from .scoring import Scored
 from .texts import Tokens
 
 FORMAT = "octavo-logits"
 VERSION = 1
-FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 # Rows of the first window on which the head's product is compared with the model's logits, and how far they may be apart, as a
 # share of the largest: float32's rounding, with room for another order of summation.
 CHECKED_ROWS = 64
@@ -123,7 +123,7 @@ class LogitsWriter:
     def add(self, part: Scored, nll: torch.Tensor) -> None:
         """Write the predictions of the next tokens, and their negative log-likelihoods."""
         file = self._file or self._start(part)
-        rows = part.states if self._head else part.logits
+        rows = part.hidden_states if self._head else part.logits
         assert rows is not None
         name = "states" if self._head else "logits"
         for key, value in (("nll", nll), (name, rows.cpu())):
@@ -139,7 +139,7 @@ class LogitsWriter:
         self.about = About(**{**asdict(self.about), "vocabulary": vocabulary})
         text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self.about)})
         once = {**(head or {}), "about": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
-        rows = part.states if head else part.logits
+        rows = part.hidden_states if head else part.logits
         assert rows is not None
         pieces = [
             ("nll", torch.float64, (total,)),
@@ -164,17 +164,21 @@ class LogitsWriter:
         """The head's tensors on the CPU, if its product is the model's logits and takes less room than they do."""
         module = self._model.get_output_embeddings()
         weight = getattr(module, "weight", None)
-        if part.states is None or weight is None or weight.dim() != 2:
+        if part.hidden_states is None or weight is None or weight.dim() != 2:
             return None
         bias = getattr(module, "bias", None)
         vocabulary, width = weight.shape
-        if part.states.shape[1] != width or part.states.dtype not in FLOATS:
+        if part.hidden_states.shape[1] != width or part.hidden_states.dtype not in COMPUTE_DTYPES:
             return None
-        kept = (self.about.scored + vocabulary) * width * part.states.element_size()
+        kept = (self.about.scored + vocabulary) * width * part.hidden_states.element_size()
         if kept > self.about.scored * vocabulary * part.logits.element_size():
             return None
-        dense = weight.dequantize(part.states.dtype) if isinstance(weight, OctavoTensor) else weight.detach()
-        states = part.states[:CHECKED_ROWS]
+        dense = (
+            weight.dequantize(part.hidden_states.dtype)
+            if isinstance(weight, OctavoTensor)
+            else weight.detach()
+        )
+        states = part.hidden_states[:CHECKED_ROWS]
         if dense.dtype != states.dtype or part.logits.shape[1] != vocabulary:
             return None
         again = torch.nn.functional.linear(states, dense, bias).float()

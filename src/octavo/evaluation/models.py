@@ -32,7 +32,7 @@ def load_as_it_is(
 
     Args:
         src: anything `octavo.load` takes.
-        dtype: type to compute in. Default: as `octavo.load` chooses: the model's own; float32 in place of float16 on a CPU.
+        dtype: type to compute in. Default: as `octavo.load` chooses: the model's own; float32 in target of float16 on a CPU.
         device: Default: "cuda" if there is one, else "cpu".
         config: quantize a plain model in this way while it loads.
         adapter: a PEFT adapter to put on top.
@@ -47,20 +47,20 @@ def load_as_it_is(
     from ..checkpoint import open_source
     from ..checkpoint.build import build_model
     from ..checkpoint.skeleton import model_class_of
-    from ..loading import _dtype, compute_dtype, load
+    from ..loading import compute_dtype, dtype_named, load
 
     with open_source(src) as source:
         if config is None and not source.eight_bit:
-            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            if place.type == "cuda" and not torch.cuda.is_available():
+            target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if target.type == "cuda" and not torch.cuda.is_available():
                 raise ValueError(
-                    f"device {place}: this torch finds no GPU; leave --device out to use the CPU"
+                    f"device {target}: this torch finds no GPU; leave --device out to use the CPU"
                 )
-            asked = _dtype(dtype) or compute_dtype(source.dtype, place)
+            asked = dtype_named(dtype) or compute_dtype(source.dtype, target)
             if source.kind == "packed":
-                return build_model(source, None, asked, {"": str(place)}).eval()
+                return build_model(source, None, asked, {"": str(target)}).eval()
             model = model_class_of(source.model_config()).from_pretrained(
-                str(source.folder), dtype=asked, device_map={"": str(place)}, **source.pretrained_options
+                str(source.folder), dtype=asked, device_map={"": str(target)}, **source.pretrained_options
             )
             if adapter is not None:
                 from ..integrations.peft import add_adapter

@@ -32,14 +32,14 @@ class Scored:
     Attributes:
         first, stop: the tokens predicted are those of the text from `first` to before `stop`.
         logits: [stop - first, vocabulary], in the model's type, on its device.
-        states: [stop - first, width], what the output head was given; None unless asked for, or where the
+        hidden_states: [stop - first, width], what the output head was given; None unless asked for, or where the
             model has no head module.
     """
 
     first: int
     stop: int
     logits: torch.Tensor
-    states: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -96,7 +96,7 @@ def scored(
     window: int,
     stride: int,
     batch_size: int | None = None,
-    states: bool = False,
+    hidden_states: bool = False,
 ) -> Iterator[Scored]:
     """Run a model over a text and yield what each window scores, in order.
 
@@ -106,9 +106,9 @@ def scored(
         window, stride: see the module.
         batch_size: windows run at once. Default: as many as fit into 512 MiB of logits, at most 8. What is
             yielded does not depend on it but for rounding.
-        states: also give the input of the output head.
+        hidden_states: also give the input of the output head.
     """
-    head = model.get_output_embeddings() if states else None
+    head = model.get_output_embeddings() if hidden_states else None
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     if batch_size is None:
         entries = stride * (model.config.get_text_config().vocab_size or 1)

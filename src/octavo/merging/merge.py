@@ -26,7 +26,7 @@ from ..checkpoint.reading.octavo_source import OctavoSource
 from ..checkpoint.reading.source import SourceOver, TensorInfo
 from ..checkpoint.skeleton import build_skeleton
 from ..checkpoint.units import plan_units
-from ..checkpoint.writing.output_directory import choose_place
+from ..checkpoint.writing.output_directory import choose_output_directory
 from ..checkpoint.writing.writer import MAX_SHARD_SIZE, CheckpointWriter, Progress
 from ..config import OctavoConfig
 from ..model import Entry, Plan, holds_transpose, plan_model
@@ -97,7 +97,7 @@ def merge(
             raise ValueError(
                 f"{source.folder}: expected a model in 8 bits, found {source.kind}; `octavo quantize` it first"
             )
-        place = choose_place(Path(out), source, overwrite)
+        output = choose_output_directory(Path(out), source, overwrite)
         merged = MergedSource(source, Adapter(adapter), TYPES[to])
         units, _ = plan_units(merged.model, merged, merged.options, merged.plan())
         options = {"merge": to, "adapter": merged.adapter_digest()}
@@ -105,14 +105,14 @@ def merge(
             merged,
             merged.model,
             units,
-            place,
+            output,
             merged.config,
             options,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
         ).run(progress)
     error, power = (sum(getattr(row, key) for row in written.rows) for key in ("error", "power"))
-    return MergeResult(place.asked, merged.changed, error, power, merged.untied, written.nbytes)
+    return MergeResult(output.asked, merged.changed, error, power, merged.untied, written.nbytes)
 
 
 class MergedSource(SourceOver):

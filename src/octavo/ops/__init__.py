@@ -46,7 +46,7 @@ def scale_dtype(weight: torch.Tensor, block_size: int) -> torch.dtype:
         smallest, largest = cpu.scale_range(weight, block_size)
         return torch.float16 if _fits_half(smallest, largest) else torch.float32
     smallest, largest = torch.inf, 0.0
-    for start, stop in reference._panels(*weight.shape):
+    for start, stop in reference.row_panels(*weight.shape):
         absmax = reference.block_absmax(weight[start:stop].to(torch.float32), block_size, torch.float32)
         positive = absmax[absmax > 0]
         if positive.numel():

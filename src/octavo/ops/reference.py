@@ -27,7 +27,7 @@ HISTOGRAM_CAP = 256.0
 HALF_LARGEST = 65504.0
 
 
-def _panels(rows: int, columns: int):
+def row_panels(rows: int, columns: int):
     """Row ranges of at most PANEL_WEIGHTS weights each."""
     step = max(1, PANEL_WEIGHTS // max(columns, 1))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -104,7 +104,7 @@ def quantize(weight, code, block_size, absmax_dtype):
         (rows, blocks_per_row(columns, block_size)), dtype=absmax_dtype, device=weight.device
     )
     middles = (code[:-1] + code[1:]) * 0.5
-    for start, stop in _panels(rows, columns):
+    for start, stop in row_panels(rows, columns):
         panel = weight[start:stop].to(torch.float32)
         _require_finite("quantize", panel)
         absmax[start:stop] = block_absmax(panel, block_size, absmax_dtype)
@@ -117,7 +117,7 @@ def quantize(weight, code, block_size, absmax_dtype):
 def dequantize(qdata, absmax, code, block_size, dtype):
     rows, columns = qdata.shape
     out = torch.empty((rows, columns), dtype=dtype, device=qdata.device)
-    for start, stop in _panels(rows, columns):
+    for start, stop in row_panels(rows, columns):
         out[start:stop] = _panel(qdata[start:stop], absmax[start:stop], code, block_size, dtype)
     return out
 
@@ -133,7 +133,7 @@ def linear(x, qdata, absmax, code, block_size, bias=None):
     """x [..., K] times the transpose of the weight, plus bias → [..., N] in x's type."""
     rows, columns = qdata.shape
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
-    for start, stop in _panels(rows, columns):
+    for start, stop in row_panels(rows, columns):
         panel = _panel(qdata[start:stop], absmax[start:stop], code, block_size, x.dtype)
         part = None if bias is None else bias[start:stop].to(x.dtype)
         out[..., start:stop] = F.linear(x, panel, part)
@@ -144,7 +144,7 @@ def linear(x, qdata, absmax, code, block_size, bias=None):
 def linear_transposed(x, qdata, absmax, code, block_size):
     """x [..., N] times the weight → [..., K] in x's type, summed over panels in float32."""
     rows, columns = qdata.shape
-    panels = _panels(rows, columns)
+    panels = row_panels(rows, columns)
     if len(panels) == 1:
         return x @ _panel(qdata, absmax, code, block_size, x.dtype)
     out = torch.zeros((*x.shape[:-1], columns), dtype=torch.float32, device=x.device)
@@ -177,7 +177,7 @@ def histogram(weight, block_size, bins, absmax_dtype):
     """
     counts = torch.zeros(bins, dtype=torch.int64, device=weight.device)
     rows, columns = weight.shape
-    panels = _panels(rows, columns)
+    panels = row_panels(rows, columns)
     scales = []
     for start, stop in panels:
         panel = weight[start:stop].to(torch.float32)

@@ -29,6 +29,9 @@ import torch
 
 NAMESPACE = "octavo"
 COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTE_DTYPES}
+# What CUDA sources know the types by.
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(COMPUTE_DTYPES)}
 SCALE_TYPES = (torch.float16, torch.float32)
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")

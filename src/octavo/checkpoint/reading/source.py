@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from ...config import OctavoConfig
+from ...ops.schema import DTYPES_BY_NAME
 from ...quantizer import Packed
 from ..errors import CheckpointError, library_errors, one_line
 from .regular import require_regular
 from .side_files import side_files
 
-COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Layers that a model may have in any case, whatever its files hold.
 MOST_EMPTY_LAYERS = 1000
 # Where the configuration of a model of several parts keeps that of its language model.
@@ -171,7 +171,7 @@ class Source:
         if stated is not None:
             return stated
         plain = (info.dtype for info in self.tensors.values() if not info.stored)
-        kinds = Counter(dtype for dtype in plain if dtype in COMPUTE_DTYPES.values())
+        kinds = Counter(dtype for dtype in plain if dtype in DTYPES_BY_NAME.values())
         return kinds.most_common(1)[0][0] if kinds else torch.float32
 
     def release(self, name: str) -> None:
@@ -260,7 +260,7 @@ def stated_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
         parts = [value.get(""), *value.values()] if isinstance(value, dict) else [value]
         for part in parts:
             name = str(part).removeprefix("torch.")
-            if name in COMPUTE_DTYPES:
-                return COMPUTE_DTYPES[name]
+            if name in DTYPES_BY_NAME:
+                return DTYPES_BY_NAME[name]
     nested = (config.get(key) for key in TEXT_CONFIGS)
     return next((found for part in nested if isinstance(part, dict) and (found := stated_dtype(part))), None)

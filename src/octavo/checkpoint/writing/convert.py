@@ -24,7 +24,7 @@ from ..reading.source import Source
 from ..skeleton import build_skeleton
 from ..units import Unit, UntiedError, plan_units
 from .calibrator import Calibrator
-from .output_directory import choose_place
+from .output_directory import choose_output_directory
 from .result import ConvertResult
 from .writer import MAX_SHARD_SIZE, CheckpointWriter, Progress
 
@@ -82,7 +82,7 @@ def convert(
     started = time.monotonic()
     if isinstance(source, OctavoSource):
         raise CheckpointError(f"{source.folder} is already quantized by Octavo; give the original checkpoint")
-    place = choose_place(Path(out), source, overwrite)
+    output = choose_output_directory(Path(out), source, overwrite)
     config = config or OctavoConfig()
     # What a published checkpoint holds in 8 bits stays as it is, unless it is asked for otherwise.
     config = config if requantize else source.own_config(config)
@@ -96,7 +96,7 @@ def convert(
         source,
         model,
         units,
-        place,
+        output,
         config_json,
         options,
         overwrite=overwrite,
@@ -106,7 +106,7 @@ def convert(
     )
     written = writer.run(progress)
     return ConvertResult(
-        place.asked,
+        output.asked,
         written.rows,
         source.nbytes,
         written.nbytes,
@@ -114,7 +114,7 @@ def convert(
         written.resumed,
         unexpected,
         source.dropped,
-        place.asked / "adapter" if source.adapters else None,
+        output.asked / "adapter" if source.adapters else None,
     )
 
 

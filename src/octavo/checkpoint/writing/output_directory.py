@@ -8,8 +8,8 @@
     a mount point, or in a read-only folder       OUT/.octavo-partial        its files move up one by one, config.json last
 
 Example:
-    >>> from octavo.checkpoint.writing.output_directory import choose_place
-    >>> choose_place(Path("out"), source, overwrite=False).partial.name
+    >>> from octavo.checkpoint.writing.output_directory import choose_output_directory
+    >>> choose_output_directory(Path("out"), source, overwrite=False).partial.name
     'out.partial'
 """
 
@@ -39,7 +39,7 @@ NOTHING = {INSIDE, REPLACED, FINISHED, "lost+found"}
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputDirectory:
     """Where a checkpoint is written.
 
     Attributes:
@@ -97,7 +97,7 @@ class Place:
             shutil.rmtree(leftover)
 
 
-def choose_place(out: Path, source: "Source | Location", overwrite: bool) -> Place:
+def choose_output_directory(out: Path, source: "Source | Location", overwrite: bool) -> OutputDirectory:
     """Decide where the work is done, and finish what an earlier run has left to be exchanged.
 
     Args:
@@ -117,13 +117,13 @@ def choose_place(out: Path, source: "Source | Location", overwrite: bool) -> Pla
     if real == there or real in there.parents:
         raise CheckpointError(f"{out} holds the source itself; give another folder to write")
     fixed = real.is_dir() and (os.path.ismount(real) or not os.access(real.parent, os.W_OK))
-    place = Place(out, real if out.is_symlink() or fixed else out, fixed)
-    check_writable(place.disk, out)
+    directory = OutputDirectory(out, real if out.is_symlink() or fixed else out, fixed)
+    check_writable(directory.disk, out)
     if fixed and (real / FINISHED).is_dir():
-        place._exchange()
+        directory._exchange()
     if real.is_dir() and not overwrite and {path.name for path in real.iterdir()} - NOTHING:
         raise CheckpointError(f"{out} is not empty; give another folder, or --overwrite to replace it")
-    return place
+    return directory
 
 
 def check_writable(folder: Path, named: str | Path) -> None:

@@ -33,7 +33,7 @@ from ..units import Unit
 from .calibrator import Calibrator
 from .journal import NAME as JOURNAL_NAME
 from .journal import InUseError, Journal
-from .output_directory import Place, fingerprint
+from .output_directory import OutputDirectory, fingerprint
 from .shards import ShardFile, header_room, plan_shards, shard_names
 from .unit_writer import Row, write_unit
 
@@ -64,7 +64,7 @@ class CheckpointWriter:
         source: what is read.
         model: its model, on the meta device.
         units: what is written, `octavo.checkpoint.units.plan_units`.
-        place: where to, `octavo.checkpoint.writing.output_directory.choose_place`.
+        output: where to, `octavo.checkpoint.writing.output_directory.choose_output_directory`.
         config_json: the contents of config.json; `dtype` is filled in.
         options: what, besides source and units, decides the bytes that are written: unfinished work of other options is
             not gone on with.
@@ -79,7 +79,7 @@ class CheckpointWriter:
         source: Source,
         model: Any,
         units: list[Unit],
-        place: Place,
+        output: OutputDirectory,
         config_json: dict[str, Any],
         options: dict[str, Any],
         *,
@@ -88,8 +88,8 @@ class CheckpointWriter:
         calibration: Calibrator | None = None,
         open_calibration: Callable[[list[str]], None] | None = None,
     ):
-        self.source, self.model, self.units, self.place = source, model, units, place
-        self.partial = place.partial
+        self.source, self.model, self.units, self.output = source, model, units, output
+        self.partial = output.partial
         self.config_json, self.overwrite = config_json, overwrite
         self.calibration, self.open_calibration = calibration, open_calibration
         self.shards = plan_shards(units, max_shard_size)
@@ -119,12 +119,12 @@ class CheckpointWriter:
                 rows, nbytes = self._write_all()
             finally:
                 self.journal.close()
-            self.place.publish()
+            self.output.publish()
         except OSError as error:
             if error.errno in FULL_DISK:
                 raise self._full_disk() from error
             raise
-        (self.place.out / JOURNAL_NAME).unlink()
+        (self.output.out / JOURNAL_NAME).unlink()
         return Written(rows, nbytes, resumed)
 
     def _write_all(self) -> tuple[list[Row], int]:
@@ -180,10 +180,10 @@ class CheckpointWriter:
             raise self._full_disk(free)
 
     def _full_disk(self, free: int | None = None) -> CheckpointError:
-        free = shutil.disk_usage(self.place.disk).free if free is None else free
+        free = shutil.disk_usage(self.output.disk).free if free is None else free
         kept = f" What is done is kept in {self.partial}." if self.partial.exists() else ""
         return CheckpointError(
-            f"{self.place.out}: the disk is full: {_mb(self._needed())} more are needed, {_mb(free)} are "
+            f"{self.output.out}: the disk is full: {_mb(self._needed())} more are needed, {_mb(free)} are "
             f"free.{kept} Make room "
             "and run the same command again, or write to another disk"
         )
@@ -244,7 +244,7 @@ class CheckpointWriter:
         self._write_config()
         self.source.save_auxiliary(self.partial)
         if self.source.adapters:
-            save_peft_adapter(self.source.adapters, self.partial / "adapter", str(self.place.out))
+            save_peft_adapter(self.source.adapters, self.partial / "adapter", str(self.output.out))
         files = [self.partial / name for name in self.files]
         if len(files) > 1:
             self._write_index()

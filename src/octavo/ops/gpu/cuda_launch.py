@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
+from ..schema import DTYPE_CODES
 from . import nvrtc
 from .device import multiprocessors
 from .kernel import Call
 
 THREADS = 256
 WARPS = THREADS // 32
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCES = Path(__file__).parent / "cuda"
 # A matrix is tall if blocks of 32 rows give each multiprocessor two.
 TALL = 64
@@ -67,7 +67,7 @@ def prepared(name: str, tiles: int, device: int, parameters: tuple) -> tuple[nvr
 
 def type_parameters(dtype: torch.dtype, scales: torch.dtype) -> tuple[tuple[str, int], ...]:
     """The compile-time parameters that say the types of x (or of the rows wanted) and of absmax."""
-    return (("X_TYPE", TYPES[dtype]), ("SCALE", int(scales == torch.float16)))
+    return (("X_TYPE", DTYPE_CODES[dtype]), ("SCALE", int(scales == torch.float16)))
 
 
 def is_tall(rows: int, multiprocessors: int) -> bool:
