@@ -88,7 +88,59 @@ def test_tokens_without_a_label_never_reach_the_head():
     assert seen == [10]
 
 
-def test_logits_changed_after_the_head_keep_their_own_loss():
+# The families that change their logits after the head, with values that matter.
+CHANGED = {
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "gemma3_text": {"final_logit_softcapping": 0.5},
+    "vaultgemma": {"final_logit_softcapping": 0.5},
+    "nanochat": {"final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "granitemoe": {"logits_scaling": 4.0},
+    "hyperclovax": {"logits_scaling": 4.0},
+    "falcon_h1": {"lm_head_multiplier": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_logits_changed_after_the_head(kind):
+    """Scaled or capped: the loss and its gradient are those of the model's own logits, and no whole logits are made."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    try:
+        config = AutoConfig.for_model(
+            kind, **sizes, num_key_value_heads=4, head_dim=16, pad_token_id=0, **CHANGED[kind]
+        )
+    except ValueError:
+        pytest.skip(f"this transformers knows no {kind}")
+    model = AutoModelForCausalLM.from_config(config).float()
+    assert chunked.takes_chunked_loss(model)
+    head = model.get_output_embeddings().weight
+    head.data.normal_()
+    results = []
+    for chunks in (True, False):
+        model.zero_grad()
+        if chunks:
+            total, _ = chunked.language_model_loss(model, {"input_ids": IDS, "labels": labels_with_prompt()})
+        else:
+            total = reference_loss(model(input_ids=IDS).logits, labels_with_prompt())
+        total.backward()
+        results.append((total.detach(), head.grad.clone()))
+    (found, grad), (expected, expected_grad) = results
+    torch.testing.assert_close(found, expected)
+    assert relative_error(grad, expected_grad) < 1e-5
+    # The change is one that shows.
+    plain = reference_loss(
+        torch.nn.functional.linear(model.base_model(IDS).last_hidden_state, head), labels_with_prompt()
+    )
+    assert abs(plain / expected - 1) > 0.01
+
+
+def test_logits_changed_in_an_unknown_way_keep_their_own_loss():
     model = quantized(gptj)
     assert chunked.takes_chunked_loss(model)
     model.config.final_logit_softcapping = 30.0

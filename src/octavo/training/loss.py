@@ -24,8 +24,19 @@ from torch import nn
 CHUNK_BYTES = 64 * 2**20
 IGNORED = -100
 
-# Options of models that change the logits after the head; such models keep their own loss.
-CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# What families of models do to the logits after the head, by the first words of `model_type`: the option, and the same
+# operations as in transformers' code. One name means different things: Granite divides by `logits_scaling`, HyperCLOVA X
+# multiplies. A model that has one of the options and is of no family here keeps its own loss.
+AFTER_THE_HEAD: dict[str, tuple[str, Callable[[torch.Tensor, float], torch.Tensor]]] = {
+    "cohere": ("logit_scale", torch.mul),
+    "falcon_h1": ("lm_head_multiplier", torch.mul),
+    "gemma": ("final_logit_softcapping", lambda logits, cap: torch.tanh(logits / cap) * cap),
+    "granite": ("logits_scaling", torch.div),
+    "hyperclovax": ("logits_scaling", torch.mul),
+    "nanochat": ("final_logit_softcapping", lambda logits, cap: torch.tanh(logits / cap) * cap),
+    "vaultgemma": ("final_logit_softcapping", lambda logits, cap: torch.tanh(logits / cap) * cap),
+}
+CHANGES_LOGITS = {option for option, _ in AFTER_THE_HEAD.values()}
 
 
 def rows_per_chunk(vocabulary: int) -> int:
@@ -103,30 +114,39 @@ def summed_cross_entropy(
 
 
 class _Head:
-    """The head's own forward, callable while `forward` is replaced."""
+    """The head's own forward, callable while `forward` is replaced, and what the model does to its logits."""
 
-    def __init__(self, forward: Callable, vocabulary: int):
+    def __init__(self, forward: Callable, vocabulary: int, after: Callable[[torch.Tensor], torch.Tensor]):
         self.forward = forward
         self.vocabulary = vocabulary
+        self.after = after
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.forward(hidden)
+        return self.after(self.forward(hidden))
 
 
 @contextmanager
 def loss_in_place_of_logits(
-    head: nn.Module, labels: torch.Tensor, vocabulary: int, *, select: bool = True
+    head: nn.Module,
+    labels: torch.Tensor,
+    vocabulary: int,
+    *,
+    after: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+    select: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """While active, `head(hidden)` gives the summed loss of `labels` in place of logits.
 
     The model still runs through its own `forward`, and the head through its own `__call__`, so that DDP's and
-    FSDP's hooks see what they expect.
+    FSDP's hooks see what they expect. What the model does to the loss that it takes for logits is of no account.
+
+    Args:
+        after: what the model does to its logits after the head (`after_the_head`).
 
     Yields:
         A dict that holds `loss` and `tokens` once the head has run.
     """
     result: dict[str, Any] = {}
-    own = _Head(head.forward, vocabulary)
+    own = _Head(head.forward, vocabulary, after)
 
     def forward(hidden):
         parameters = list(head.parameters())
@@ -146,12 +166,34 @@ def loss_in_place_of_logits(
             head.forward = set_before
 
 
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def after_the_head(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What a model does to its logits after the head; None if it does something that is not known here.
+
+    Args:
+        config: the configuration of its language model.
+    """
+    options = {name for name in CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)}
+    if not options:
+        return lambda logits: logits
+    kind = str(config.model_type)
+    for family, (option, change) in AFTER_THE_HEAD.items():
+        if kind.startswith(family) and options == {option}:
+            value = getattr(config, option)
+            return lambda logits: change(logits, value)
+    return None
+
+
 def takes_chunked_loss(model: Any) -> bool:
-    """Whether a model's logits are what its head gives, unchanged, so that its loss can be computed in chunks."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    changed = any(getattr(config, name, None) not in (None, 1, 1.0) for name in CHANGES_LOGITS)
+    """Whether it is known what a model does to the logits that its head gives, so that its loss can be computed in chunks."""
+    config = _text_config(model)
     with_router = getattr(config, "output_router_logits", False)
-    return not changed and not with_router and model.get_output_embeddings() is not None
+    return (
+        after_the_head(config) is not None and not with_router and model.get_output_embeddings() is not None
+    )
 
 
 def language_model_loss(
@@ -175,8 +217,10 @@ def language_model_loss(
     labels = inputs.pop("labels")
     if takes_chunked_loss(bare):
         head = bare.get_output_embeddings()
-        config = bare.config.get_text_config() if hasattr(bare.config, "get_text_config") else bare.config
-        with loss_in_place_of_logits(head, labels, config.vocab_size, select=select) as result:
+        config = _text_config(bare)
+        after = after_the_head(config)
+        assert after is not None
+        with loss_in_place_of_logits(head, labels, config.vocab_size, after=after, select=select) as result:
             model(**inputs, use_cache=False)
         return result["loss"], result["tokens"]
     logits = model(**inputs, use_cache=False).logits.float()
