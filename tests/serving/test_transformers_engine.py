@@ -1,7 +1,11 @@
 """`octavo serve` on transformers' own server, by the official client."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
@@ -51,6 +55,33 @@ class TestTransformers(AnyEngine):
         assert "Engine: transformers" in server.said()
         info = httpx.get(f"{server.url}/info").json()
         assert (info["chat"], info["context"]) == (True, 512)
+
+    def test_transformers_chat(self, server, name, tmp_path):
+        """In the terminal: the answer that the API gives."""
+        body = {
+            "model": name,
+            "messages": [{"role": "user", "content": "El sol"}],
+            "max_tokens": 8,
+            "temperature": 0,
+        }
+        said = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"][0]["message"][
+            "content"
+        ]
+        command = [str(Path(sys.executable).with_name("transformers")), "chat", name, f"{server.url}/v1"]
+        command += ["max_new_tokens=8", "do_sample=False"]
+        # huggingface_hub's client, which it uses, would take a server on this machine for the hub.
+        online = {**os.environ, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            command,
+            env=online,
+            input="El sol\nn\n!exit\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "".join(said.split()) in "".join(done.stdout.split())
 
     def test_sigterm_in_mid_stream(self, server, name):
         self.ends_cleanly(server, name)

@@ -104,6 +104,8 @@ class OneAtATime(GenerateManager):
         length = inputs["input_ids"].shape[-1]
         self._check_length(length)
         most = request.most_tokens
+        if most is None and request.generation_config is not None:
+            most = gen_config.max_new_tokens
         if self.context is not None:
             room = self.context - length
             most = room if most is None else min(most, room)

@@ -34,6 +34,8 @@ WITH_KEY = {
     ("GET", "/v1/models"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    # What `transformers chat` asks first.
+    ("POST", "/load_model"),
 }
 # Seconds for a body to arrive, and for an engine to end a request by itself once its client has gone.
 BODY_SECONDS, LEAVING_SECONDS = 30, 0.5
@@ -121,6 +123,9 @@ class Door:
         elif path == "/info":
             shown = {name: getattr(self.settings, name) for name in ("model", "engine", "chat", "context")}
             await respond(send, 200, json.dumps(shown).encode(), {"content-type": "application/json"})
+        elif path == "/load_model":
+            ready = json.dumps({"status": "ready", "model": self.settings.model, "cached": True})
+            await respond(send, 200, f"data: {ready}\n\n".encode(), {"content-type": "text/event-stream"})
         elif self.requests >= self.settings.max_requests:
             await _drop(receive, BODY_SECONDS)
             message = f"{self.requests} requests are running or waiting already; try again in a while"

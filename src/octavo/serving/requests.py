@@ -34,6 +34,8 @@ class Request(BaseModel):
     stop: NotEmpty | Annotated[list[NotEmpty], Field(max_length=16)] | None = None
     stream: bool | None = None
     n: Literal[1] | None = None
+    # transformers' own, as JSON: `transformers chat` sends it.
+    generation_config: str | None = None
     presence_penalty: Nothing = None
     # transformers would take it for another penalty, of another size.
     frequency_penalty: Nothing = None

@@ -79,7 +79,7 @@ class _Checked:
             )
         try:
             response = await super().handle_request(body, request_id)  # type: ignore[misc]
-        except (ValueError, TemplateError) as error:
+        except (ValueError, TypeError, TemplateError) as error:
             # Of a template: there is none, or these messages do not fit it.
             raise HTTPException(400, str(error).splitlines()[0]) from error
         if isinstance(response, StreamingResponse):
@@ -101,6 +101,8 @@ class _Checked:
         # `OneAtATime` sees to these.
         ours = {name: value for name, value in body.items() if name not in ("stop", "seed")}
         config = super()._build_generation_config(ours, model_generation_config, use_cb=use_cb)  # type: ignore[misc]
+        if body.get("generation_config") is not None:
+            return config
         config.do_sample = body.get("temperature") != 0
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
