@@ -58,7 +58,12 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04" and zipfile.is_zipfile(path)
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is damaged ({error}); download it again") from None
 
 
 def _explain(path: Path, error: pickle.UnpicklingError) -> str:

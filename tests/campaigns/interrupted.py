@@ -1,0 +1,202 @@
+"""Campaigns: killed at any point, and no room on the disk.
+
+    python -m tests.campaigns.interrupted kill --count 50       # of each command; an hour
+    python -m tests.campaigns.interrupted full --count 20       # as root: a tmpfs of each size
+
+Killed: `kill -9` at moments spread at random over the command's own time. Afterwards nothing lies under the final name, or all of it; the
+inputs are untouched; the same command (finetune: with --resume) ends well and gives the same bytes as a run that nothing disturbed.
+(Bytes that differ between two undisturbed runs, such as times, are left out.)
+
+No room: the disk has between nothing and one block less than what the command writes. It ends with a status other than 0 and one line
+that begins with "error:"; nothing lies under the final name, or all of it.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from .commands import COMMANDS, ENVIRONMENT, Command, digests, inputs_in
+
+
+def run(arguments: list[str], kill_after: float | None = None) -> tuple[int, str, float]:
+    """Returns (exit status, stderr, seconds)."""
+    start = time.monotonic()
+    child = subprocess.Popen(
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, errors = child.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGKILL)
+        _, errors = child.communicate()
+    return child.returncode, errors, time.monotonic() - start
+
+
+class Undisturbed:
+    """What a command writes and how long it takes, of two runs."""
+
+    def __init__(self, command: Command, inputs: dict[str, Path], room: Path):
+        found, times = [], []
+        for number in range(2):
+            # The same name each time: it is written into some files.
+            out = room / "out"
+            status, errors, took = run(command.arguments(out, inputs))
+            assert status == 0, f"{command.name}: {errors[-2000:]}"
+            place = final(command, out)
+            found.append(digests(place))
+            if number == 0:
+                self.bytes = size_of(place)
+            times.append(took)
+            clear(room)
+        self.same = {name: digest for name, digest in found[0].items() if found[1].get(name) == digest}
+        self.names = set(found[0])
+        self.seconds = min(times)
+
+
+def final(command: Command, out: Path) -> Path:
+    return out.with_name(out.name + command.suffix)
+
+
+def size_of(place: Path) -> int:
+    return (
+        place.stat().st_size
+        if place.is_file()
+        else sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+    )
+
+
+def clear(room: Path) -> None:
+    for each in room.iterdir():
+        shutil.rmtree(each) if each.is_dir() else each.unlink()
+
+
+def half_written(command: Command, clean: Undisturbed, place: Path) -> str:
+    """What is wrong with what lies under the final name; empty if nothing does, or all of it."""
+    found = digests(place)
+    if not found or command.folder:
+        return ""
+    wrong = [name for name, digest in clean.same.items() if found.get(name) != digest]
+    return f"half-written: {wrong[:3]}" if wrong else ""
+
+
+def kill(
+    command: Command, clean: Undisturbed, inputs: dict[str, Path], room: Path, rng: random.Random
+) -> list[str]:
+    """One case: its faults."""
+    clear(room)
+    out = room / "out"
+    before = {name: digests(path) for name, path in inputs.items()}
+    moment = rng.uniform(0, 1.05 * clean.seconds)
+    status, _, _ = run(command.arguments(out, inputs), kill_after=moment)
+    place = final(command, out)
+    faults = [wrong] if (wrong := half_written(command, clean, place)) else []
+    if status == 0:
+        return faults
+    whole = bool(digests(place)) and not command.folder
+    if not whole:
+        # It may have been killed before there was anything to go on with.
+        again = bool(command.again) and place.exists() and any(place.iterdir())
+        status, errors, _ = run(command.arguments(out, inputs, again=again))
+        if status and again:
+            status, errors, _ = run(command.arguments(out, inputs))
+        if status:
+            return [
+                *faults,
+                f"after a kill at {moment:.2f} s it ended with {status}: {errors.strip()[-400:]}",
+            ]
+        found = digests(place)
+        differing = [name for name, digest in clean.same.items() if found.get(name) != digest]
+        if differing:
+            faults.append(f"after a kill at {moment:.2f} s other bytes: {differing[:3]}")
+    changed = [name for name, path in inputs.items() if digests(path) != before[name]]
+    return faults + ([f"inputs changed: {changed}"] if changed else [])
+
+
+def full(command: Command, clean: Undisturbed, inputs: dict[str, Path], disk: Path, size: int) -> list[str]:
+    """One case, on a disk of `size` bytes: its faults."""
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={max(size, 4096)}", "tmpfs", str(disk)], check=True)
+    try:
+        out = disk / "out"
+        status, errors, _ = run(command.arguments(out, inputs))
+        faults = [wrong] if (wrong := half_written(command, clean, final(command, out))) else []
+        lines = [line for line in errors.strip().splitlines() if line.strip()]
+        if status == 0:
+            # Room for all, after all: what is counted includes names and blocks only by estimate.
+            return faults
+        if "Traceback" in errors:
+            faults.append(f"{size} bytes: a traceback: {lines[-1][:300]}")
+        if not any("error:" in line.lower() for line in lines[-3:]):
+            faults.append(f"{size} bytes: no error line: {errors.strip()[-300:]!r}")
+        return faults
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def campaign(what: str, count: int, seed: int, only: str | None = None, say=print) -> tuple[dict, list[str]]:
+    """Returns (command → cases), faults."""
+    table: Counter = Counter()
+    faults = []
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = inputs_in(Path(folder))
+        for command in COMMANDS:
+            if only and only not in command.name:
+                continue
+            room = Path(folder) / "room"
+            room.mkdir(exist_ok=True)
+            clean = Undisturbed(command, inputs, room)
+            for number in range(count):
+                if what == "kill":
+                    found = kill(
+                        command, clean, inputs, room, random.Random(f"{command.name} {seed + number}")
+                    )
+                else:
+                    found = full(command, clean, inputs, Path(folder) / "disk", clean.bytes * number // count)
+                table[command.name] += 1
+                for fault in found:
+                    faults.append(f"{command.name} (case {number}): {fault}")
+                    say(faults[-1])
+            clear(room)
+            say(
+                f"{command.name}: {table[command.name]} cases, {clean.seconds:.1f} s each; {len(clean.same)} of {len(clean.names)} files compared"
+            )
+    return dict(table), faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["kill", "full"])
+    parser.add_argument("--count", type=int, default=3, help="cases of each command; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", help="one command: part of its name")
+    parser.add_argument("--json", type=Path, help="write the table and the faults here")
+    options = parser.parse_args()
+    table, faults = campaign(
+        options.what, options.count, options.seed, options.only, lambda text: print(text, flush=True)
+    )
+    if options.json:
+        options.json.write_text(
+            json.dumps(
+                {"what": options.what, "count": options.count, "table": table, "faults": faults}, indent=1
+            )
+        )
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
