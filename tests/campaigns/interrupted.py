@@ -3,12 +3,12 @@
     python -m tests.campaigns.interrupted kill --count 50       # of each command; an hour
     python -m tests.campaigns.interrupted full --count 20       # as root: a tmpfs of each size
 
-Killed: `kill -9` at moments spread at random over the command's own time. Afterwards nothing lies under the final name, or all of it; the
-inputs are untouched; the same command (finetune: with --resume) ends well and gives the same bytes as a run that nothing disturbed.
-(Bytes that differ between two undisturbed runs, such as times, are left out.)
+Killed: `kill -9` at moments spread at random over the command's own time. Afterwards nothing lies under the final name, or all of
+it; the inputs are untouched; the same command (finetune: with --resume) ends well and gives the same bytes as a run that nothing
+disturbed. (Bytes that differ between two undisturbed runs, such as times, are left out.)
 
-No room: the disk has between nothing and one block less than what the command writes. It ends with a status other than 0 and one line
-that begins with "error:"; nothing lies under the final name, or all of it.
+No room: the disk has between nothing and one block less than what the command writes. The command ends with a status other than 0
+and one line that begins with "error:"; nothing lies under the final name, or all of it.
 """
 
 import argparse
@@ -171,7 +171,8 @@ def campaign(what: str, count: int, seed: int, only: str | None = None, say=prin
                     say(faults[-1])
             clear(room)
             say(
-                f"{command.name}: {table[command.name]} cases, {clean.seconds:.1f} s each; {len(clean.same)} of {len(clean.names)} files compared"
+                f"{command.name}: {table[command.name]} cases, {clean.seconds:.1f} s each; "
+                f"{len(clean.same)} of {len(clean.names)} files compared"
             )
     return dict(table), faults
 
