@@ -73,7 +73,8 @@ def test_a_source_of_few_bits_is_told_that_8_bits_win_nothing_back(
     status, _, told = run(monkeypatch, capsys, "quantize", tmp_path / "m.gguf", tmp_path / "out")
     assert status == 0
     assert (
-        "m.gguf holds 4.5 bits a weight. In 8 bits it will be larger, and no better" in " ".join(told.split())
+        "m.gguf holds 4.5 bits per weight. In 8 bits it will be larger, and no better"
+        in " ".join(told.split())
     ) == narrow
 
 

@@ -68,9 +68,9 @@ def test_too_little_space_is_told_before_the_first_step(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_during_a_run_and_going_on_once_there_is_space(small_disk):
     """Another program fills the disk after the first checkpoint. What is there stays whole, and --resume ends the run."""
-    from octavo.training.finetune import finetune_model
     from transformers import TrainerCallback
 
+    from octavo.training.finetune import finetune_model
     from octavo.training.recipe import Recipe
 
     tokenizer = load_tokenizer(demo.MODEL)
