@@ -20,6 +20,8 @@ ROOT = Path(octavo.__file__).parent
 # Where an example cannot run in a test, and why.
 NOT_RUN = {
     "integrations.vllm": "needs vLLM (make test-vllm)",
+    "serving.transformers_engine": "would serve until it is stopped",
+    "serving.vllm_engine": "needs vLLM",
     "integrations.vllm.config": "needs vLLM",
     "integrations.vllm.weights": "needs vLLM",
     "ops.gpu": "needs a GPU",

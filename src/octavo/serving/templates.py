@@ -1,8 +1,8 @@
 """Chat templates that follow what an adapter was trained on (`octavo.training.prompts`), for servers that know only templates.
 
 Example:
-    >>> served_template(tokenizer, Prompts("plain"))  # doctest: +SKIP
-    "{% if messages|length != 1 %}...{{ messages[0]['content'] }}"
+    >>> served_template(tokenizer, Prompts("plain"))
+    "{% if messages|length != 1 %}...{{ messages[0]['content'] ..."
 """
 
 import json
