@@ -189,3 +189,44 @@ def test_settings_travel_by_the_environment(monkeypatch):
 def test_loopback():
     assert all(map(is_loopback, ["127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"]))
     assert not any(map(is_loopback, ["0.0.0.0", "192.168.1.2", "example.org", "", "localhost.evil.example"]))
+
+
+def test_a_stopped_engine_ends_what_waits_for_it():
+    """vLLM's state, as Starlette puts it into a request's scope; and the server's own end."""
+
+    async def ask(stop):
+        engine = Engine()
+        door = Door(engine, LOCAL)
+        client = type("Client", (), {"errored": False})()
+        app = type("App", (), {"state": type("State", (), {"engine_client": client})()})()
+        sent = []
+
+        async def receive():
+            if not sent:
+                sent.append(None)
+                return {"type": "http.request", "body": b'{"wait": 1, "stream": 1}'}
+            await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "headers": [(b"host", b"localhost")],
+        }
+        running = asyncio.create_task(door({**scope, "app": app} if stop == "vllm" else scope, receive, send))
+        while not engine.running:
+            await asyncio.sleep(0.01)
+        if stop == "vllm":
+            client.errored = True
+        else:
+            door.close()
+        await running
+        return sent[-1]
+
+    for stop in ("vllm", "server"):
+        last = run(ask(stop))
+        assert b"the server is stopping" in last["body"]
+        assert last["more_body"] is False

@@ -40,6 +40,8 @@ WITH_KEY = {
 }
 # Seconds for a body to arrive, and for an engine to end a request by itself once its client has gone.
 BODY_SECONDS, LEAVING_SECONDS = 30, 0.5
+# Between two looks at whether vLLM's engine still runs.
+STOPPED_SECONDS = 0.5
 # Of a body that is too large so much is read and dropped: who still sends does not read the answer.
 DROPPED_BYTES = 2**28
 
@@ -102,6 +104,15 @@ class Door:
     def close(self) -> None:
         """End all requests, each in a way that its client can read."""
         self.closing.set()
+
+    async def _stopped(self, scope: dict) -> None:
+        """Wait until the server stops. vLLM stops its engine first, and leaves who waits for an answer waiting."""
+        state = getattr(scope.get("app"), "state", None)
+        engine = getattr(state, "engine_client", None)
+        while engine is not None and not engine.errored and not self.closing.is_set():
+            await asyncio.sleep(STOPPED_SECONDS)
+        if engine is None:
+            await self.closing.wait()
 
     async def _http(self, scope: dict, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -191,7 +202,7 @@ class Door:
                 pass
 
         engine = asyncio.ensure_future(self.app(scope, replay, answer.send))
-        watcher, closing = asyncio.ensure_future(watch()), asyncio.ensure_future(self.closing.wait())
+        watcher, closing = asyncio.ensure_future(watch()), asyncio.ensure_future(self._stopped(scope))
         try:
             await asyncio.wait(
                 (engine, watcher, closing),
