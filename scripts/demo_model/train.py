@@ -60,7 +60,7 @@ def main() -> None:
     if options.resume or options.export_only:
         if not checkpoint_file.exists():
             raise SystemExit(f"there is no {checkpoint_file} to go on from: run without --resume first")
-        saved = torch.load(checkpoint_file)
+        saved = torch.load(checkpoint_file, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
