@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from octavo import demo
 from octavo.cli import app, main
-from octavo.cli.terminal import broken, say, show_table
+from octavo.cli.terminal import broken, say, show_facts, show_table
 
 COMMANDS = sorted(get_command(app).commands)
 
@@ -128,6 +128,25 @@ def test_sentences_are_wrapped_between_words(capsys):
     assert max(len(line) for line in lines if line != path) <= 40
     assert lines[-2:] == ["", "end"]
     assert " ".join(" ".join(lines).split()).startswith(f"bold words before {path} and words")
+
+
+def test_values_go_on_below_themselves_and_names_stay_whole(capsys):
+    path = "/models/" + "x" * 50
+    show_facts(
+        Console(width=40),
+        [
+            ("base", f"{path}, in float32"),
+            ("kernel", "one two three four five six seven eight"),
+            ("none", ""),
+        ],
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        f"base    {path},",
+        "        in float32",
+        "kernel  one two three four five six",
+        "        seven eight",
+        "none    ",
+    ]
 
 
 def test_the_installed_command_prints_the_same_help(monkeypatch, capsys):

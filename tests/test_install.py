@@ -61,8 +61,8 @@ def build_wheel(source: Path, out: Path, **environment) -> Path:
     return next(out.glob("octavo-*.whl"))
 
 
-def install(wheel: Path, folder: Path) -> Path:
-    """A new environment with the wheel in it. Returns the folder of its commands."""
+def install(wheel: Path | None, folder: Path) -> Path:
+    """A new environment with the wheel in it, or with all but Octavo. Returns the folder of its commands."""
     # Without pip: the linked one installs, and no old setuptools comes along.
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     linked = folder / "linked"
@@ -75,6 +75,8 @@ def install(wheel: Path, folder: Path) -> Path:
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(run(commands / "python", "-c", where).stdout.strip())
     (packages / "linked.pth").write_text(f"{linked}\n")
+    if wheel is None:
+        return commands
     run(commands / "python", "-m", "pip", "install", "--no-index", wheel)
     assert (commands / "octavo").exists()
     return commands
@@ -131,6 +133,29 @@ def test_doctor_names_the_kernels_that_were_asked_for(native, isa):
 def test_bench_of_an_installed_octavo(native):
     found = json.loads(run(native / "octavo", "bench", "--quick", "--kernels-only", "--json").stdout)
     assert 0 < found["kernels"][0]["share"]["median"] < 2
+
+
+def test_the_first_cell_of_a_notebook_installs_it(source, tmp_path):
+    """As pasted into Colab or Kaggle, with an uploaded file in its one variable: `%pip` puts it into the kernel's environment."""
+    pytest.importorskip("IPython")
+    notebook = json.loads((REPOSITORY / "examples" / "1_generate.ipynb").read_text())
+    cell = "".join(next(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"))
+    wheel = build_wheel(source, tmp_path, CC="/bin/false", CXX="/bin/false")
+    commands = install(None, tmp_path / "environment")
+    pasted = cell.replace('OCTAVO = ""', f'OCTAVO = "{wheel}"')
+    assert pasted != cell
+    for text, expected in ((cell, "put its address into OCTAVO above"), (pasted, "GPT-J")):
+        script = tmp_path / "cell.ipy"
+        script.write_text(f"{text}\nfrom octavo import demo\nprint(demo.__doc__, 'GPT-J', demo.MODEL)\n")
+        done = subprocess.run(
+            [commands / "python", "-m", "IPython", "--colors=NoColor", script],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env={**os.environ, "PIP_NO_INDEX": "1"},
+        )
+        assert expected in done.stdout + done.stderr, done.stdout + done.stderr
+    assert str(tmp_path / "environment") in done.stdout
 
 
 def test_without_a_compiler_it_installs_works_and_says_so(plain):

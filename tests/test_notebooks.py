@@ -1,6 +1,7 @@
 """The notebooks in examples/ run from top to bottom on the model that ships with Octavo."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -27,10 +28,45 @@ def test_there_are_three():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_stored_without_outputs(path):
+def test_is_stored_with_outputs_and_without_warnings(path):
+    """As scripts/run_notebooks.py leaves it."""
     book = nbformat.read(path, as_version=4)
     nbformat.validate(book)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in book.cells)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert outputs and not any(
+        output.output_type == "error" or output.get("name") == "stderr" for output in outputs
+    )
+    text = printed(book)
+    assert not re.search("warning|error:|\x1b", text, re.IGNORECASE)
+    assert "/home/" not in text and "/tmp/" not in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_first_cell_says_what_to_do_where_octavo_is_missing(path, monkeypatch):
+    """The cell alone, pasted into a notebook without Octavo: the address is asked for, and what is put there goes to pip."""
+    source = next(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    # The cell sets this for the whole process.
+    monkeypatch.setenv("TERM", os.environ.get("TERM", ""))
+    # The first line of code is the variable.
+    assert next(line for line in source.splitlines() if not line.startswith("#")) == 'OCTAVO = ""'
+
+    def paste(address: str) -> list[str]:
+        asked: list[str] = []
+        cell = source.replace('OCTAVO = ""', f'OCTAVO = "{address}"')
+        cell = cell.replace('%pip install --quiet "{wanted}"', "asked.append(wanted)")
+        cell = cell.replace('find_spec("octavo")', 'find_spec("no_octavo_here")')
+        exec(cell, {"asked": asked})
+        return asked
+
+    assert paste("git+https://example.org/octavo") == ["octavo[train] @ git+https://example.org/octavo"]
+    assert paste("https://example.org/octavo-0.1.0.whl") == [
+        "octavo[train] @ https://example.org/octavo-0.1.0.whl"
+    ]
+    assert paste("/kaggle/input/octavo") == ["/kaggle/input/octavo[train]"]
+    with pytest.raises(ImportError, match="put its address into OCTAVO above"):
+        paste("")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

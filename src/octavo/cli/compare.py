@@ -181,8 +181,8 @@ def _show(found: Any) -> None:
     say(out, found.sentence)
     say(
         out,
-        "error: of the weights, ‖w−ŵ‖²/‖w‖². KL: divergence from the float model's predictions, nats a token, and its 99th "
-        "percentile. top-1: how often both find the same token likeliest.",
+        "The columns: error of the weights, ‖w−ŵ‖²/‖w‖²; KL: divergence from the float model's predictions, nats a token, and "
+        "its 99th percentile; top-1: how often both find the same token likeliest.",
         style="dim",
     )
     say(

@@ -76,7 +76,7 @@ def _show(found: Any) -> None:
         weights = sum(item.weights for item in items)
         row = [
             f"{name}  ×{len(items)}" if len(items) > 1 else name,
-            " × ".join(map(str, first.shape)) or "1",
+            "×".join(map(str, first.shape)) or "1",
             first.kind,
             str(first.block_size or ""),
             f"{8 * nbytes / weights:.2f}" if weights else "",

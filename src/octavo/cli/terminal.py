@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -113,13 +114,14 @@ def show_table(
 
 
 def show_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
-    """Print names and values, one pair a line; a value wider than the terminal goes on below itself."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for fact in facts:
-        table.add_row(*fact)
-    console.print(table)
+    """Print names and values, one pair a line; a value wider than the terminal goes on below itself, cut between words."""
+    wide = max((len(name) for name, _ in facts), default=0)
+    for name, value in facts:
+        starts = [0, *_line_starts(value, console.width - wide - GAP), len(value)]
+        for first, last in pairwise(starts):
+            label = name if first == 0 else ""
+            line = value[first:last].rstrip()
+            console.print(Text.assemble((label.ljust(wide + GAP), "dim"), line), soft_wrap=True)
 
 
 def broken(name: str, width: int) -> str:
