@@ -51,7 +51,11 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=list(RECORDS))
+# One kind in `make test`: learning by heart takes a while.
+KINDS = [kind if kind == "plain" else pytest.param(kind, marks=pytest.mark.slow) for kind in RECORDS]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def adapter(request, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("learned")
     data = folder / "data.jsonl"
