@@ -188,3 +188,9 @@ def test_plain_and_octavo_folders_through_the_same_name(both, tmp_path):
         assert isinstance(model.lm_head.weight, octavo.OctavoTensor)
         error = (logits(model) - logits(plain)).norm() / logits(plain).norm()
         assert 0 < error < 0.02
+
+
+def test_weights_in_memory_are_refused_clearly(tmp_path):
+    publish(tiny_gptj(), tmp_path)
+    with pytest.raises(TypeError, match="state_dict: this class loads weights from files"):
+        GPTJForCausalLM.from_pretrained(tmp_path, state_dict={})

@@ -87,8 +87,12 @@ class GPTJForCausalLM(modeling_gptj.GPTJForCausalLM):
             octavo.checkpoint.CheckpointError: if nothing is found there, or its files are damaged.
         """
         own = modeling_gptj.GPTJForCausalLM
-        if pretrained_model_name_or_path is None or kwargs.get("gguf_file") or kwargs.get("state_dict"):
+        if pretrained_model_name_or_path is None or kwargs.get("gguf_file"):
             return own.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if kwargs.get("state_dict") is not None:
+            raise TypeError(
+                "state_dict: this class loads weights from files; give it None in the place of a name, or leave it out"
+            )
         from .checkpoint import open_source
         from .config import OctavoConfig
         from .loading import compute_dtype
