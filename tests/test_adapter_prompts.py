@@ -6,11 +6,11 @@ conversations. Then `octavo generate --adapter`, as the run prints it, must give
 
 import json
 import shlex
-import shutil
 
 import pytest
 
 from octavo import demo, load_tokenizer
+from octavo.checkpoint import convert
 from octavo.cli.evaluate import evaluate
 from octavo.cli.finetune import finetune
 from octavo.cli.generate import generate
@@ -43,9 +43,9 @@ RECORDS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The shipped model with a chat template, in a folder whose name a shell would cut."""
+    """The shipped model in 8 bits with a chat template, in a folder whose name a shell would cut."""
     folder = tmp_path_factory.mktemp("prompts") / "a model"
-    shutil.copytree(demo.MODEL, folder)
+    convert(demo.MODEL, folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
     return folder
@@ -123,11 +123,9 @@ def test_the_card_tells_base_data_settings_losses_and_use(model, adapter):
 
 
 def test_a_merged_model_is_asked_as_its_adapter_was(model, adapter, tmp_path, capsys):
-    from octavo.checkpoint import convert
     from octavo.merging.merge import merge
 
-    convert(model, tmp_path / "eight")
-    merge(tmp_path / "eight", adapter[1], tmp_path / "merged")
+    merge(model, adapter[1], tmp_path / "merged")
     generate(str(tmp_path / "merged"), PAIRS[5][0], greedy=True, max_new_tokens=12)
     assert capsys.readouterr().out.strip() == PAIRS[5][1]
 
