@@ -13,7 +13,7 @@ charge (`AVAILABLE` is False).
 Example:
     >>> import octavo.ops.cpu as cpu
     >>> sorted(cpu.status())
-    ['active', 'pool', 'reason', 'supported', 'threads']
+    ['active', 'codebooks', 'pool', 'reason', 'supported', 'threads']
 """
 
 from .. import reference
