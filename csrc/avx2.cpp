@@ -50,16 +50,11 @@ struct Avx2 : Simd256 {
     for (int h = 0; h < 2; h++) {
       // Lanes of 128 bits: each holds sixteen weights, the first eight in `even`.
       const I even = _mm256_unpacklo_epi8(low[h], high[h]), odd = _mm256_unpackhi_epi8(low[h], high[h]);
-      for (int m = 0; m < M; m++) {
-        const I* xm = reinterpret_cast<const I*>(x + m * stride + c * kChunk + 32 * h);
-        const I sum = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(xm)),
-                                       _mm256_madd_epi16(odd, _mm256_loadu_si256(xm + 1)));
-        acc[m] = fma(_mm256_cvtepi32_ps(sum), part_factor<Parts>(factors + (m * (stride / kChunk) + c) * Parts, h), acc[m]);
-      }
+      add_half<M, Parts>(even, odd, h, factors, c, x, stride, acc);
     }
   }
   static OCTAVO_INLINE I run_of(const uint8_t* steps, int step) {
-    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(steps + 16 * step)));
+    return lane_table(steps + 16 * step);
   }
 };
 
@@ -84,13 +79,13 @@ template <bool Bytes>
 constexpr Kernels computed() {
   using S = Segments256<Bytes>;
   return {"avx2", prepare_segments, widen<S>, narrow<S>, to_fixed256, dot<S>, dot_fixed<S>, nullptr, transposed<S>, dequantize<S>,
-          absmax<S>, encode<S>, deviate<S>, count<S>, tile_input<S>, tile_rows<S>, tile_transposed<S>, nullptr, nullptr, nullptr};
+          absmax<S>, encode<S>, deviate<S>, count<S>, tile_input<S>, tile_rows<S>, tile_transposed<S>};
 }
 
 // What needs exact values, or is done once for many tokens, looks them up.
 constexpr Kernels dynamic_map{
     "avx2", prepare_dynamic, widen<Avx2>, narrow<Avx2>, to_fixed256, dot<Dynamic256>, dot_fixed<Dynamic256>, nullptr, transposed<Avx2>,
-    dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, deviate<Avx2>, count<Avx2>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, deviate<Avx2>, count<Avx2>};
 
 constexpr Kernels byte_segments = computed<true>(), wide_segments = computed<false>();
 

@@ -12,16 +12,15 @@ namespace octavo {
 namespace {
 
 struct Dynamic256 : Simd256 {
-  // dot() asks `decode_piece` for values; exact ones, for de-quantizing, are looked up.
+  // For products alone, which ask `decode_piece` for values; de-quantizing looks the exact ones up (avx2.cpp).
   static constexpr bool kSegments = true;
   static constexpr int kPieces = 2;  // of 32 weights
 
   struct Codes {
     V constant, slope;
-    const float* code;
   };
   static OCTAVO_INLINE Codes load_codes(const Table& t) {
-    return {_mm256_load_ps(t.dynamic.constant), _mm256_load_ps(t.dynamic.slope), t.code};
+    return {_mm256_load_ps(t.dynamic.constant), _mm256_load_ps(t.dynamic.slope)};
   }
   static float raw_unit(const Table&) { return 1.0f; }
 
@@ -37,22 +36,13 @@ struct Dynamic256 : Simd256 {
       out[j] = _mm256_xor_ps(p, _mm256_and_ps(_mm256_castsi256_ps(s), set1(-0.0f)));
     }
   }
-  static OCTAVO_INLINE void decode(const Codes& c, const uint8_t* q, V (&out)[8]) {
-    for (int j = 0; j < 8; j++) {
-      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(q + 8 * j));
-      out[j] = _mm256_i32gather_ps(c.code, _mm256_cvtepu8_epi32(bytes), 4);
-    }
-  }
 
   struct FixedCodes {
     I base[2], step[2], small;
   };
   static OCTAVO_INLINE FixedCodes load_fixed_codes(const Table& t) {
     const Dynamic& d = t.dynamic;
-    const auto lanes = [](const uint8_t* bytes) {
-      return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-    };
-    return {{lanes(d.base[0]), lanes(d.base[1])}, {lanes(d.step[0]), lanes(d.step[1])}, lanes(d.small)};
+    return {{lane_table(d.base[0]), lane_table(d.base[1])}, {lane_table(d.step[0]), lane_table(d.step[1])}, lane_table(d.small)};
   }
 
   // 32 indices → their integers: of each 16 indices the first eight in `even`, the others in `odd`.
@@ -87,12 +77,7 @@ struct Dynamic256 : Simd256 {
     for (int h = 0; h < 2; h++) {
       I even, odd;
       integers(codes, _mm256_loadu_si256(reinterpret_cast<const I*>(q + 32 * h)), even, odd);
-      for (int m = 0; m < M; m++) {
-        const I* xm = reinterpret_cast<const I*>(x + m * stride + c * kChunk + 32 * h);
-        const I sum = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(xm)),
-                                       _mm256_madd_epi16(odd, _mm256_loadu_si256(xm + 1)));
-        acc[m] = fma(_mm256_cvtepi32_ps(sum), part_factor<Parts>(factors + (m * (stride / kChunk) + c) * Parts, h), acc[m]);
-      }
+      add_half<M, Parts>(even, odd, h, factors, c, x, stride, acc);
     }
   }
 };

@@ -86,7 +86,7 @@ template <bool Bytes>
 constexpr Kernels computed() {
   using S = SegmentsNeon<Bytes>;
   return {"neon", prepare_segments, widen<S>, narrow<S>, to_fixed128, dot<S>, dot_fixed<S>, nullptr, transposed<S>, dequantize<S>,
-          absmax<S>, encode<S>, deviate<S>, count<S>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+          absmax<S>, encode<S>, deviate<S>, count<S>};
 }
 
 constexpr Kernels byte_segments = computed<true>(), wide_segments = computed<false>();
@@ -96,7 +96,7 @@ constexpr Kernels byte_segments = computed<true>(), wide_segments = computed<fal
 const Kernels& neon_kernels() {
   static constexpr Kernels kernels{
       "neon", prepare_bytes, widen<Neon>, narrow<Neon>, to_fixed128, dot<Neon>, dot_fixed<Neon>, nullptr, transposed<Neon>,
-      dequantize<Neon>, absmax<Neon>, encode<Neon>, deviate<Neon>, count<Neon>, nullptr, nullptr, nullptr, &byte_segments, &wide_segments, nullptr};
+      dequantize<Neon>, absmax<Neon>, encode<Neon>, deviate<Neon>, count<Neon>, nullptr, nullptr, nullptr, &byte_segments, &wide_segments};
   return kernels;
 }
 

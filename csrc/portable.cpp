@@ -113,7 +113,7 @@ struct Portable {
 const Kernels& portable_kernels() {
   static constexpr Kernels kernels{
       "portable", prepare_plain, widen<Portable>, narrow<Portable>, nullptr, dot<Portable>, nullptr, nullptr, transposed<Portable>,
-      dequantize<Portable>, absmax<Portable>, encode<Portable>, deviate<Portable>, count<Portable>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+      dequantize<Portable>, absmax<Portable>, encode<Portable>, deviate<Portable>, count<Portable>};
   return kernels;
 }
 

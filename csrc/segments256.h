@@ -26,9 +26,6 @@ struct Segments256 : Simd256 {
     V unit;
   };
   using FixedCodes = Codes;
-  static OCTAVO_INLINE I lane_table(const void* bytes) {
-    return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(bytes)));
-  }
   static OCTAVO_INLINE Codes load_codes(const Table& t) {
     const Segments& s = t.segments;
     return {lane_table(Bytes ? static_cast<const void*>(s.base_byte) : s.base[0]), lane_table(s.slope[0]),

@@ -82,7 +82,7 @@ template <bool Bytes>
 constexpr Kernels segments512_kernels(const char* name) {
   using S = Segments512<Bytes>;
   return {name,          prepare_segments, widen<Simd512>,  narrow<Simd512>, to_fixed512,    dot<S>,  dot_fixed<S>, nullptr, transposed<S>,
-          dequantize<S>, absmax<Simd512>,  encode<Simd512>, deviate<S>,      count<Simd512>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+          dequantize<S>, absmax<Simd512>,  encode<Simd512>, deviate<S>,      count<Simd512>};
 }
 
 }  // namespace

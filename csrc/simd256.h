@@ -10,6 +10,14 @@
 namespace octavo {
 namespace {
 
+// The factors of half a chunk's eight lanes: one for the chunk, one for each half, or one for each 128-bit lane.
+template <int Parts>
+OCTAVO_INLINE __m256 part_factor(const float* f, int half) {
+  if constexpr (Parts == 1) return _mm256_set1_ps(f[0]);
+  if constexpr (Parts == 2) return _mm256_set1_ps(f[half]);
+  return _mm256_set_m128(_mm_set1_ps(f[2 * half + 1]), _mm_set1_ps(f[2 * half]));
+}
+
 struct Simd256 {
   static constexpr int L = 8;
   static constexpr bool kSegments = false;
@@ -103,19 +111,27 @@ struct Simd256 {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(words, words));
   }
 
+  // Sixteen bytes of a table, for pshufb in both of its lanes.
+  static OCTAVO_INLINE I lane_table(const void* bytes) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(bytes)));
+  }
+
+  // Half a chunk's integers (of each 16 weights the first eight in `even`) times the inputs of M tokens → their sums.
+  template <int M, int Parts>
+  static OCTAVO_INLINE void add_half(I even, I odd, int half, const float* factors, int64_t c, const int16_t* x, int64_t stride,
+                                     V (&acc)[M]) {
+    for (int m = 0; m < M; m++) {
+      const I* xm = reinterpret_cast<const I*>(x + m * stride + c * kChunk + 32 * half);
+      const I sum = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(xm)), _mm256_madd_epi16(odd, _mm256_loadu_si256(xm + 1)));
+      acc[m] = fma(_mm256_cvtepi32_ps(sum), part_factor<Parts>(factors + (m * (stride / kChunk) + c) * Parts, half), acc[m]);
+    }
+  }
+
   static OCTAVO_INLINE void bins(V v, float half_width, int32_t* out) {
     const V position = add(mul(add(v, set1(1.0f)), set1(half_width)), set1(0.5f));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_cvttps_epi32(position));
   }
 };
-
-// The factors of half a chunk's eight lanes: one for the chunk, one for each half, or one for each 128-bit lane.
-template <int Parts>
-OCTAVO_INLINE __m256 part_factor(const float* f, int half) {
-  if constexpr (Parts == 1) return _mm256_set1_ps(f[0]);
-  if constexpr (Parts == 2) return _mm256_set1_ps(f[half]);
-  return _mm256_set_m128(_mm_set1_ps(f[2 * half + 1]), _mm_set1_ps(f[2 * half]));
-}
 
 // Largest magnitude of `n` values, a multiple of 8.
 OCTAVO_INLINE uint32_t largest_of(const float* values, int64_t n) {

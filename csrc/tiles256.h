@@ -68,36 +68,37 @@ void tile_scales(const Packed& w, int64_t row, int64_t parts, int64_t chunk0, in
   }
 }
 
-template <class S>
-void pack_floats(const typename S::Codes& codes, const Packed& w, int64_t row, int64_t parts, int64_t chunk0, int64_t chunk1,
-                 const float* scales, float* tile) {
-  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+// Sixteen rows' chunks [chunk0, chunk1) → store(chunk, eight rows 0 or 1, pair, integers), as `pairs_of_chunk` gives them.
+template <class S, class Store>
+OCTAVO_INLINE void pairs_of_rows(const typename S::Codes& codes, const Packed& w, int64_t row, int64_t chunk0, int64_t chunk1,
+                                 Store&& store) {
   uint8_t tails[8][kChunk];
   const uint8_t* rows[8];
-  for (int64_t c = chunk0; c < chunk1; c++, tile += kChunk * kTileRows)
+  for (int64_t c = 0; c < chunk1 - chunk0; c++)
     for (int v = 0; v < kTileVectors; v++) {
-      rows_of(w, row + 8 * v, c, tails, rows);
-      pairs_of_chunk<S>(codes, rows, [&](int pair, __m256i integers) {
-        // An integer in the upper half of 32 bits is 2^16 times as large, sign and all.
-        const __m256 s = S::load(scales + ((c - chunk0) * parts + pair * parts / 32) * kTileRows + 8 * v);
-        float* out = tile + 2 * pair * kTileRows + 8 * v;
-        S::store(out, S::mul(_mm256_cvtepi32_ps(_mm256_slli_epi32(integers, 16)), s));
-        S::store(out + kTileRows, S::mul(_mm256_cvtepi32_ps(_mm256_and_si256(integers, upper)), s));
-      });
+      rows_of(w, row + 8 * v, chunk0 + c, tails, rows);
+      pairs_of_chunk<S>(codes, rows, [&](int pair, __m256i integers) { store(c, v, pair, integers); });
     }
 }
 
 template <class S>
+void pack_floats(const typename S::Codes& codes, const Packed& w, int64_t row, int64_t parts, int64_t chunk0, int64_t chunk1,
+                 const float* scales, float* tile) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  pairs_of_rows<S>(codes, w, row, chunk0, chunk1, [&](int64_t c, int v, int pair, __m256i integers) {
+    // An integer in the upper half of 32 bits is 2^16 times as large, sign and all.
+    const __m256 s = S::load(scales + (c * parts + pair * parts / 32) * kTileRows + 8 * v);
+    float* out = tile + (c * kChunk + 2 * pair) * kTileRows + 8 * v;
+    S::store(out, S::mul(_mm256_cvtepi32_ps(_mm256_slli_epi32(integers, 16)), s));
+    S::store(out + kTileRows, S::mul(_mm256_cvtepi32_ps(_mm256_and_si256(integers, upper)), s));
+  });
+}
+
+template <class S>
 void pack_words(const typename S::Codes& codes, const Packed& w, int64_t row, int64_t chunk0, int64_t chunk1, int16_t* tile) {
-  uint8_t tails[8][kChunk];
-  const uint8_t* rows[8];
-  for (int64_t c = chunk0; c < chunk1; c++, tile += kChunk * kTileRows)
-    for (int v = 0; v < kTileVectors; v++) {
-      rows_of(w, row + 8 * v, c, tails, rows);
-      pairs_of_chunk<S>(codes, rows, [&](int pair, __m256i integers) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile + pair * 2 * kTileRows + 16 * v), integers);
-      });
-    }
+  pairs_of_rows<S>(codes, w, row, chunk0, chunk1, [&](int64_t c, int v, int pair, __m256i integers) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile + (c * kChunk + 2 * pair) * kTileRows + 16 * v), integers);
+  });
 }
 
 // Rows [row0, row1) of one chunk of columns, times their scales → four tiles of 16 columns, `stride` floats apart.

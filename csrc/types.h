@@ -192,18 +192,18 @@ struct Kernels {
   // `count` values of x from element `first` on → one token's share of a tile: floats [kTileColumns], or, where `words` is not null,
   // integers up to `top_word` and units [kTileColumns / run]. False if the values do not allow integers (NaN, infinity).
   bool (*tile_input)(const void* x, DType type, int64_t first, int64_t count, int64_t run, float top_word, float* floats,
-                     int16_t* words, float* units);
+                     int16_t* words, float* units) = nullptr;
 
   // out = x Wᵀ + bias for the rows [row0, row1), kTileTask at most; out = x W for one chunk of columns. Null: not supported.
-  void (*tile)(const Packed&, const Table&, const TileTokens&, int64_t row0, int64_t row1, const Output&, const TileScratch&);
-  void (*tile_transposed)(const Packed&, const Table&, const TileTokens&, int64_t chunk, const Output&, const TileScratch&);
+  void (*tile)(const Packed&, const Table&, const TileTokens&, int64_t row0, int64_t row1, const Output&, const TileScratch&) = nullptr;
+  void (*tile_transposed)(const Packed&, const Table&, const TileTokens&, int64_t chunk, const Output&, const TileScratch&) = nullptr;
 
   // The kernels that compute a codebook of segments whose bases and slopes fit bytes, and of others. Null: these look it up.
-  const Kernels* byte_segments;
-  const Kernels* wide_segments;
+  const Kernels* byte_segments = nullptr;
+  const Kernels* wide_segments = nullptr;
 
   // The kernels whose tiles these use, or null.
-  const Kernels& (*tiles)();
+  const Kernels& (*tiles)() = nullptr;
 
   // The kernels that compute the dynamic map, or null: these look it up.
   const Kernels* dynamic = nullptr;

@@ -164,10 +164,10 @@ const Kernels& vbmi_kernels() {
   using Computed = Segments512<true>;
   static constexpr Kernels bytes{
       name, prepare_integers, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Computed>, dot_fixed<Vbmi>, nullptr, transposed<Computed>,
-      dequantize<Computed>, absmax<Vbmi>, encode<Vbmi>, deviate<Computed>, count<Vbmi>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+      dequantize<Computed>, absmax<Vbmi>, encode<Vbmi>, deviate<Computed>, count<Vbmi>};
   static constexpr Kernels wide{
       name, prepare_integers, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, nullptr, transposed<Vbmi>,
-      dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+      dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>};
   static constexpr Kernels kernels{
       name, prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, many_tokens, transposed<Vbmi>,
       dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>, nullptr, nullptr, nullptr, &bytes, &wide, avx2_kernels};
