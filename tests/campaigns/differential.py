@@ -4,20 +4,19 @@
     python -m tests.campaigns.differential --count 30
 
 A random architecture, with random sizes, in a random type, quantized with a random block size, codebook, type of scales and skip
-list, run by the kernels of a random instruction set. Reference: the plain model on the de-quantized weights. In each case:
+list, run by the kernels of a random instruction set. Reference: the plain model on the de-quantized weights
+(`dequantize_model` of a copy). In each case:
 
     logits             no farther from float64 than the plain model in the same type is, within a factor
     gradients          of the loss by the input embeddings, likewise
     one by one         tokens decoded with a cache give the logits of the whole pass
-    saved and loaded   the same logits bit for bit, from `save_pretrained` and from a streamed conversion of the plain model
-    de-quantized       `dequantize_model` on a copy is the reference: same logits as from the saved plain folder
+    saved and loaded   the same parameters bit for bit and logits as above, from `save_pretrained` and from a streamed conversion
+                       of the plain model
 
 A fault is printed with the seed that repeats it, and the exit status is 1.
 """
 
-import argparse
 import copy
-import json
 import random
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from octavo.model import dequantize_model
 from octavo.ops import cpu
 
 from ..test_checkpoint_models import build
+from . import runner
 
 VOCABULARY = 97
 # How much farther from float64 than the plain model's own error, and what is always allowed, relative to the size of the logits.
@@ -194,22 +194,10 @@ def campaign(count: int, seed: int, say=print) -> tuple[dict[str, int], list[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=30, help="cases; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="number of the first; default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write the table and the faults here")
-    options = parser.parse_args()
-    table, faults = campaign(options.count, options.seed, lambda text: print(text, flush=True))
-    print(table)
-    if options.json:
-        options.json.write_text(
-            json.dumps(
-                {"count": options.count, "seed": options.seed, "table": table, "faults": faults}, indent=1
-            )
-        )
-    return 1 if faults else 0
+    options = runner.parser(__doc__, 30, "cases").parse_args()
+    table, faults = campaign(options.count, options.seed, runner.say)
+    runner.say(table)
+    return runner.finish(options, table, faults)
 
 
 if __name__ == "__main__":

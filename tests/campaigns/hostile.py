@@ -8,8 +8,6 @@
 pickle that runs, other numbers. What breaks a rule is printed with what repeats it, and the exit status is 1.
 """
 
-import argparse
-import json
 import random
 import shutil
 import sys
@@ -104,22 +102,10 @@ def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=50, help="mutations of each kind; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="number of the first; default: %(default)s")
+    parser = runner.parser(__doc__, 50, "mutations of each kind")
     parser.add_argument("--only", help="one kind: part of its name")
-    parser.add_argument("--json", type=Path, help="write the table and the faults here")
     options = parser.parse_args()
-    table, faults = campaign(options.count, options.seed, options.only, lambda text: print(text, flush=True))
-    if options.json:
-        options.json.write_text(
-            json.dumps(
-                {"count": options.count, "seed": options.seed, "table": table, "faults": faults}, indent=1
-            )
-        )
-    return 1 if faults else 0
+    return runner.finish(options, *campaign(options.count, options.seed, options.only, runner.say))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ No room: the disk has between nothing and one block less than what the command w
 and one line that begins with "error:"; nothing lies under the final name, or all of it.
 """
 
-import argparse
-import json
 import random
 import shutil
 import signal
@@ -23,6 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from . import runner
 from .commands import COMMANDS, ENVIRONMENT, Command, digests, inputs_in
 
 
@@ -178,25 +177,12 @@ def campaign(what: str, count: int, seed: int, only: str | None = None, say=prin
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner.parser(__doc__, 3, "cases of each command")
     parser.add_argument("what", choices=["kill", "full"])
-    parser.add_argument("--count", type=int, default=3, help="cases of each command; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="one command: part of its name")
-    parser.add_argument("--json", type=Path, help="write the table and the faults here")
     options = parser.parse_args()
-    table, faults = campaign(
-        options.what, options.count, options.seed, options.only, lambda text: print(text, flush=True)
-    )
-    if options.json:
-        options.json.write_text(
-            json.dumps(
-                {"what": options.what, "count": options.count, "table": table, "faults": faults}, indent=1
-            )
-        )
-    return 1 if faults else 0
+    found = campaign(options.what, options.count, options.seed, options.only, runner.say)
+    return runner.finish(options, *found)
 
 
 if __name__ == "__main__":

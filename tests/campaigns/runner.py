@@ -1,9 +1,11 @@
-"""Many cases, each in a process of its own that is warm, limited in time and memory, and may die.
+"""What campaigns share: their command line, and cases in processes of their own that are warm, limited in time, and may die.
 
 A case is a function that raises, returns, or kills its process. `run` says how it ended. Processes are forked from one that has
 imported everything, so that a case costs what it does and no start.
 """
 
+import argparse
+import json
 import os
 import pickle
 import resource
@@ -13,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # What a user may get instead of a result: an error of these types, on one line, that is not a sign of a fault of ours.
@@ -85,3 +88,26 @@ def _answer(case: Callable[[], Any], pipe: int) -> None:
     with os.fdopen(pipe, "wb") as answer:
         answer.write(pickle.dumps((how, value, peak, trace)))
     os._exit(0)
+
+
+def parser(description: str, count: int, counted: str) -> argparse.ArgumentParser:
+    """The options of a campaign: how many cases, from which seed on, and where the result goes."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--count", type=int, default=count, help=f"{counted}; default: %(default)s")
+    options.add_argument("--seed", type=int, default=1, help="number of the first; default: %(default)s")
+    options.add_argument("--json", type=Path, help="write the table and the faults here")
+    return options
+
+
+def finish(options: argparse.Namespace, table: dict, faults: list) -> int:
+    """Write what was asked for. Returns the exit status."""
+    if options.json:
+        found = {**vars(options), "json": None, "table": table, "faults": faults}
+        options.json.write_text(json.dumps(found, indent=1))
+    return 1 if faults else 0
+
+
+def say(text: object) -> None:
+    print(text, flush=True)
