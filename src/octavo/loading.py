@@ -143,25 +143,41 @@ def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _load_pretrained(source: Any, dtype: torch.dtype, device: torch.device, config: OctavoConfig) -> Any:
     """Through transformers' own `from_pretrained`, which calls our plugin."""
+    options = {} if source.eight_bit else {"quantization_config": config}
+    return from_pretrained(source, dtype, device, **options)
+
+
+def from_pretrained(source: Any, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
+    """A source that transformers reads as it is, by `from_pretrained` of its class, whole or not at all.
+
+    Args:
+        options: further ones of transformers' `from_pretrained`.
+
+    Raises:
+        octavo.checkpoint.CheckpointError: if transformers cannot load it, or the files lack parameters of the model, of which
+            transformers would make random numbers.
+    """
     from .checkpoint.errors import CheckpointError, library_errors, one_line
     from .checkpoint.skeleton import model_class_of
 
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
-    if not source.eight_bit:
-        options["quantization_config"] = config
     # The class alone would read config.json as its own configuration: EXAONE's, whose class is Llama's, as Llama's.
-    model_config = source.model_config()
-    model_class = model_class_of(model_config)
+    config = source.model_config()
+    model_class = model_class_of(config)
     try:
         model, found = model_class.from_pretrained(
-            str(source.folder), config=model_config, output_loading_info=True, **options
+            str(source.folder),
+            config=config,
+            dtype=dtype,
+            device_map={"": str(device)},
+            output_loading_info=True,
+            **source.pretrained_options,
+            **options,
         )
     except (CheckpointError, torch.OutOfMemoryError):
         raise
     except library_errors() as error:
         raise CheckpointError(f"{source.folder}: transformers cannot load it: {one_line(error)}") from error
     if found["missing_keys"]:
-        # transformers makes random numbers of them, and a warning.
         names = sorted(found["missing_keys"])
         raise CheckpointError(
             f"{source.folder}: {len(names)} parameters of {model_class.__name__} are in none of its files: "

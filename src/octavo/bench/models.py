@@ -142,12 +142,11 @@ def load_dense(source: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A model with plain weights: by transformers' `from_pretrained` where the source has such, else de-quantized."""
     from .. import load
     from ..checkpoint import open_source
-    from ..checkpoint.skeleton import model_class_of
+    from ..loading import from_pretrained
     from ..model import dequantize_model
 
     with open_source(source) as opened:
         if opened.kind in ("safetensors", "bin"):
-            cls = model_class_of(opened.model_config())
-            return cls.from_pretrained(str(opened.folder), dtype=dtype, device_map={"": str(device)}).eval()
+            return from_pretrained(opened, dtype, device).eval()
     model = load(source, dtype=dtype, device=device)
     return dequantize_model(model, dtype).to(dtype)

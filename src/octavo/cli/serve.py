@@ -185,7 +185,6 @@ def _engine_name(engine: str) -> str:
 
 def _run_vllm(settings, names, model, folder, adapter, template, dtype, extra) -> None:
     """Become vLLM's server."""
-    import json
     import os
     import tempfile
     from pathlib import Path
@@ -194,6 +193,7 @@ def _run_vllm(settings, names, model, folder, adapter, template, dtype, extra) -
     import psutil
     import torch
 
+    from octavo.checkpoint.reading.source import read_config, stated_dtype
     from octavo.loading import compute_dtype
     from octavo.serving.vllm_engine import command
 
@@ -204,8 +204,7 @@ def _run_vllm(settings, names, model, folder, adapter, template, dtype, extra) -
         file = Path(written.name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        own = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+        own = stated_dtype(read_config(folder))
         dtype = "auto" if own is None else str(compute_dtype(own, device)).removeprefix("torch.")
     free = psutil.virtual_memory().available if device.type == "cpu" else None
     address = urlsplit(settings.url)

@@ -46,8 +46,7 @@ def load_as_it_is(
     """
     from ..checkpoint import open_source
     from ..checkpoint.build import build_model
-    from ..checkpoint.skeleton import model_class_of
-    from ..loading import compute_dtype, dtype_named, load
+    from ..loading import compute_dtype, dtype_named, from_pretrained, load
 
     with open_source(src) as source:
         if config is None and not source.eight_bit:
@@ -59,9 +58,7 @@ def load_as_it_is(
             asked = dtype_named(dtype) or compute_dtype(source.dtype, target)
             if source.kind == "packed":
                 return build_model(source, None, asked, {"": str(target)}).eval()
-            model = model_class_of(source.model_config()).from_pretrained(
-                str(source.folder), dtype=asked, device_map={"": str(target)}, **source.pretrained_options
-            )
+            model = from_pretrained(source, asked, target)
             if adapter is not None:
                 from ..integrations.peft import add_adapter
 

@@ -26,8 +26,7 @@ from torch import nn
 from ..checkpoint.errors import CheckpointError, library_errors, one_line
 from ..checkpoint.reading.locate import locate_adapter
 from ..checkpoint.reading.published_adapters import lora_options
-from ..checkpoint.reading.regular import require_regular
-from ..checkpoint.reading.safetensors_source import read_header
+from ..checkpoint.reading.safetensors_source import check_adapter_file
 from ..tensor import OctavoTensor
 
 ADAPTER_NAME = "published"
@@ -52,10 +51,7 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
     except ImportError as error:
         raise ImportError("adapters need PEFT: `pip install 'octavo[train]'`") from error
     locate_adapter(adapter)
-    weights = Path(adapter) / "adapter_model.safetensors"
-    require_regular(weights)
-    if weights.exists():
-        read_header(weights)
+    check_adapter_file(Path(adapter))
     try:
         PeftConfig.from_pretrained(str(adapter))
     except library_errors() as error:

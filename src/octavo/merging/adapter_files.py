@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint.reading.regular import require_regular
-from ..checkpoint.reading.safetensors_source import read_header
+from ..checkpoint.reading.safetensors_source import check_adapter_file
 
 PREFIX = "base_model.model."
 SIDES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -54,13 +53,10 @@ class Adapter:
         from safetensors import safe_open
 
         self.folder = Path(folder)
-        weights = self.folder / "adapter_model.safetensors"
-        require_regular(weights)
-        if weights.exists():
-            read_header(weights)
+        check_adapter_file(self.folder)
         try:
             self.config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
-            self.file = safe_open(weights, "pt")
+            self.file = safe_open(self.folder / "adapter_model.safetensors", "pt")
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{folder}: expected a PEFT adapter folder with adapter_config.json and adapter_model.safetensors "

@@ -24,6 +24,7 @@ import torch
 
 from ..errors import CheckpointError
 from .index import check_against_index
+from .regular import require_regular
 from .source import Source, TensorInfo
 
 DTYPES = {
@@ -98,6 +99,18 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
     entries = {name: _entry(path, name, row) for name, row in table.items()}
     _check_layout(path, entries, size - start)
     return entries, start
+
+
+def check_adapter_file(folder: Path) -> None:
+    """Check the header of a PEFT adapter's weights, if they are there as safetensors.
+
+    Raises:
+        CheckpointError: if they are damaged, or no file.
+    """
+    weights = folder / "adapter_model.safetensors"
+    require_regular(weights)
+    if weights.exists():
+        read_header(weights)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -141,12 +141,40 @@ def product(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Ten
     return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
 
-@register_weight_loader_v2_supported_method
-class OctavoLinearMethod(LinearMethodBase):
-    """For every linear layer that was given the quantization configuration, split by rows, inside rows, or not at all."""
+class _OverShards:
+    """What layers and embeddings do alike once their weights are there.
+
+    Attributes:
+        plain: vLLM's own method, which takes over a layer whose weight is one matrix of floats.
+    """
+
+    plain: type
 
     def __init__(self, name: str):
         self.name = name
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        expected = layer.weight if "weight" in layer._parameters else None
+        if not isinstance(expected, Expected):
+            return
+        shards = expected.arrived()
+        del layer._parameters["weight"]
+        if len(shards) == 1 and not isinstance(shards[0], OctavoTensor):
+            layer.register_parameter("weight", Parameter(shards[0], requires_grad=False))
+            layer.quant_method = self.plain()
+            layer.quant_method.process_weights_after_loading(layer)
+            return
+        hold(layer, shards)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return product(layer, x, bias)
+
+
+@register_weight_loader_v2_supported_method
+class OctavoLinearMethod(_OverShards, LinearMethodBase):
+    """For every linear layer that was given the quantization configuration, split by rows, inside rows, or not at all."""
+
+    plain = UnquantizedLinearMethod
 
     def create_weights(
         self,
@@ -170,28 +198,11 @@ class OctavoLinearMethod(LinearMethodBase):
             "weight", Expected(shape, params_dtype, weight_loader=load_rows, name=f"{self.name}.weight")
         )
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        expected = layer.weight if "weight" in layer._parameters else None
-        if not isinstance(expected, Expected):
-            return
-        shards = expected.arrived()
-        del layer._parameters["weight"]
-        if len(shards) == 1 and not isinstance(shards[0], OctavoTensor):
-            layer.register_parameter("weight", Parameter(shards[0], requires_grad=False))
-            layer.quant_method = UnquantizedLinearMethod()
-            layer.quant_method.process_weights_after_loading(layer)
-            return
-        hold(layer, shards)
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return product(layer, x, bias)
-
-
-class OctavoEmbeddingMethod(QuantizeMethodBase):
+class OctavoEmbeddingMethod(_OverShards, QuantizeMethodBase):
     """For embeddings and output heads, split by rows; rows that only fill up a rank's part are zeros."""
 
-    def __init__(self, name: str):
-        self.name = name
+    plain = UnquantizedEmbeddingMethod
 
     def create_weights(
         self,
@@ -218,22 +229,6 @@ class OctavoEmbeddingMethod(QuantizeMethodBase):
 
         shape = (rows, input_size_per_partition)
         layer.register_parameter("weight", Expected(shape, params_dtype, weight_loader=load, name=name))
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        expected = layer.weight if "weight" in layer._parameters else None
-        if not isinstance(expected, Expected):
-            return
-        shards = expected.arrived()
-        del layer._parameters["weight"]
-        if not isinstance(shards[0], OctavoTensor):
-            layer.register_parameter("weight", Parameter(shards[0], requires_grad=False))
-            layer.quant_method = UnquantizedEmbeddingMethod()
-            layer.quant_method.process_weights_after_loading(layer)
-            return
-        hold(layer, shards)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return product(layer, x, bias)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         parts = (layer.qdata_0, layer.absmax_0, layer.code_0)
