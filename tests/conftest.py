@@ -5,6 +5,10 @@ import sys
 
 import pytest
 
+# Beside other workers (`pytest -n`) a process takes one thread, and so do the processes that it starts: two threads that wait
+# for each other on a busy core take far longer than one.
+os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
+
 # Tests build their models from configs: nothing may be fetched. Set before huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -26,7 +30,7 @@ def device(request) -> torch.device:
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture

@@ -50,8 +50,9 @@ def shrunk(model):
 
 
 def new_head(model):
-    head = torch.nn.Linear(64, 256, bias=False)
-    model.set_output_embeddings(head)
+    # With a bias where the class has one: its file would lack it otherwise, and `octavo.load` makes no numbers up.
+    bias = model.get_output_embeddings().bias is not None
+    model.set_output_embeddings(torch.nn.Linear(64, 256, bias=bias))
 
 
 def new_embedding(model):

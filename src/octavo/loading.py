@@ -181,6 +181,7 @@ def from_pretrained(source: Any, dtype: torch.dtype, device: torch.device, **opt
         names = sorted(found["missing_keys"])
         raise CheckpointError(
             f"{source.folder}: {len(names)} parameters of {model_class.__name__} are in none of its files: "
-            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; download it again"
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; download it again, or load it by transformers' own "
+            f"from_pretrained, which makes them anew"
         )
     return model
