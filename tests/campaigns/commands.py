@@ -1,17 +1,27 @@
-"""The commands that write, each with small inputs and the files that must come out of it."""
+"""The commands that write, each with small inputs and the files that must come out of it, run in forks of a warm process.
+
+A fork of a process that has imported everything runs `octavo.cli.main` as a fresh interpreter does, without the seconds of imports
+in which nothing is written. The process that forks must never have computed: its threads would be missing in the fork.
+"""
 
 import hashlib
+import importlib
 import os
-import subprocess
+import select
+import signal
 import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+# One thread, no hub: the same bytes each time. Before anything is imported that reads them.
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 from octavo import demo
-from octavo.checkpoint import convert
-
-# One thread, no hub: the same bytes each time.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,11 @@ class Command:
 
     def arguments(self, out: Path, inputs: dict[str, Path], again: bool = False) -> list[str]:
         text = self.line + (f" {self.again}" if again and self.again else "")
-        words = [word.format(out=out, **inputs) for word in text.split()]
-        return [sys.executable, "-m", "octavo", *words]
+        return [word.format(out=out, **inputs) for word in text.split()]
+
+    def final(self, out: Path) -> Path:
+        """Where its output lies at the end."""
+        return out.with_name(out.name + self.suffix)
 
 
 COMMANDS = [
@@ -51,33 +64,117 @@ COMMANDS = [
 ]
 
 
+# What the commands import as they go.
+MODULES = (
+    "octavo.cli",
+    "octavo.calibration.calibrate",
+    "octavo.checkpoint.build",
+    "octavo.evaluation.evaluate",
+    "octavo.export",
+    "octavo.loading",
+    "octavo.merging.merge",
+    "octavo.training.card",
+    "octavo.training.curves",
+    "octavo.training.finetune",
+    "torch.utils.tensorboard",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.quantizers.auto",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "peft.tuners.lora",
+    "bitsandbytes.optim",
+)
+
+
+def warm() -> None:
+    """Import what the commands import. Raises RuntimeError if that, or what was done before, left threads."""
+    for name in MODULES:
+        importlib.import_module(name)
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("this process has threads: forks of it would lack them")
+
+
+@dataclass
+class Started:
+    """A command that runs in a fork."""
+
+    process: int
+    errors: Any
+    begun: float
+
+
+def start(words: list[str], prepare: Callable[[], None] | None = None) -> Started:
+    """Start a command in a fork.
+
+    Args:
+        words: of the command line, without "octavo".
+        prepare: what the fork does first.
+    """
+    errors = tempfile.TemporaryFile()
+    begun = time.monotonic()
+    child = os.fork()
+    if not child:
+        _command(words, errors.fileno(), prepare)
+    return Started(child, errors, begun)
+
+
+def status_of(command: Started, kill_after: float | None = None) -> tuple[int, str]:
+    """Wait for a command; kill it after so many seconds. Returns (exit status, or minus a signal; stderr)."""
+    ended = os.pidfd_open(command.process)
+    left = None if kill_after is None else max(0.0, command.begun + kill_after - time.monotonic())
+    if not select.select([ended], [], [], left)[0]:
+        os.kill(command.process, signal.SIGKILL)
+    os.close(ended)
+    _, status = os.waitpid(command.process, 0)
+    with command.errors as errors:
+        errors.seek(0)
+        return os.waitstatus_to_exitcode(status), errors.read().decode(errors="replace")
+
+
+def run(
+    words: list[str], kill_after: float | None = None, prepare: Callable[[], None] | None = None
+) -> tuple[int, str, float]:
+    """Run a command in a fork, as `start` and `status_of` do. Returns (exit status, stderr, seconds)."""
+    command = start(words, prepare)
+    status, errors = status_of(command, kill_after)
+    return status, errors, time.monotonic() - command.begun
+
+
+def _command(words: list[str], errors: int, prepare: Callable[[], None] | None) -> None:
+    status = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(errors, 2)
+        sys.argv = ["octavo", *words]
+        if prepare is not None:
+            prepare()
+        sys.modules["octavo.cli"].main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def inputs_in(folder: Path) -> dict[str, Path]:
     """Make the inputs: the shipped model plain and in 8 bits, an adapter of it, some text."""
+    warm()
     data = folder / "text.txt"
     data.write_text(
         "\n\n".join(f"La luna número {n} brilla sobre el mar, y nadie la mira dos veces." for n in range(60))
     )
-    eight = folder / "eight"
-    convert(demo.MODEL, eight)
-    adapter = folder / "adapter"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "octavo",
-            "finetune",
-            str(eight),
-            "--data",
-            str(data),
-            "--output",
-            str(adapter),
-            "--max-steps",
-            "1",
-        ],
-        check=True,
-        capture_output=True,
-        env=ENVIRONMENT,
-    )
+    eight, adapter = folder / "eight", folder / "adapter"
+    for line in (
+        f"quantize {demo.MODEL} {eight}",
+        f"finetune {eight} --data {data} --output {adapter} --max-steps 1",
+    ):
+        status, errors, _ = run(line.split())
+        if status:
+            raise RuntimeError(f"octavo {line}: {errors}")
     return {"plain": demo.MODEL, "eight": eight, "adapter": adapter, "data": data}
 
 

@@ -8,6 +8,7 @@
 pickle that runs, other numbers. What breaks a rule is printed with what repeats it, and the exit status is 1.
 """
 
+import gc
 import random
 import shutil
 import sys
@@ -31,7 +32,7 @@ def listing(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def attempt(source, made: Path, expected: torch.Tensor, seed: int, room: Path) -> tuple[str, str, str]:
+def attempt(source, made: Path, expected: torch.Tensor, seed: int, room: Path, worker: runner.Worker):
     """One mutation → (verdict: "right", "refused", "other" (a valid model with other numbers) or "FAULT ...", what, details)."""
     rng = random.Random(f"{source.name} {seed}")
     shutil.rmtree(room, ignore_errors=True)
@@ -41,7 +42,7 @@ def attempt(source, made: Path, expected: torch.Tensor, seed: int, room: Path) -
     size = size_of(folder)
     what, same = mutations.mutate(folder, source, rng, mark)
     before = listing(room)
-    ending = runner.run(lambda: source.use(folder, room / "out"))
+    ending = worker.run(folder, room / "out")
     # What a case left is looked at before the numbers.
     strange = [name for name in listing(room) - before if not name.startswith("out/")]
     if mark.exists():
@@ -68,35 +69,44 @@ def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple
     torch.set_num_threads(1)
     table: dict[str, Counter] = {}
     faults = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=runner.SCRATCH) as folder:
         for source in SOURCES:
             if only and only.lower() not in source.name.lower():
                 continue
-            made = Path(folder) / "made"
+            # Made anew, so that it does not matter which kinds came before.
+            torch.manual_seed(0)
+            made, room = Path(folder) / "made", Path(folder) / "room"
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
-            torch.manual_seed(0)
             source.make(made)
-            room = Path(folder) / "room"
             (room / "out").mkdir(parents=True, exist_ok=True)
             expected = source.use(made, room / "out")
+            # What is there now is never collected, so that workers share its memory.
+            gc.collect()
+            gc.freeze()
+            many, one = runner.Worker(source.use), runner.Worker(source.use, lifetime=1)
             found = table[source.name] = Counter()
             for number in range(seed, seed + count):
-                verdict, what, details = attempt(source, made, expected, number, room)
+                verdict, what, details = attempt(source, made, expected, number, room, many)
+                if verdict.startswith("FAULT"):
+                    # Memory and time are told for certain by a process that has done nothing else.
+                    many.close()
+                    alone, what, further = attempt(source, made, expected, number, room, one)
+                    if alone.startswith("FAULT"):
+                        verdict, details = alone, further
+                    elif "MB of memory" in verdict or verdict == "FAULT: hung":
+                        verdict = alone
+                    else:
+                        verdict += " (only after other cases)"
                 found[verdict.split(":")[0]] += 1
                 if verdict.startswith("FAULT"):
-                    faults.append(
-                        {
-                            "source": source.name,
-                            "seed": number,
-                            "verdict": verdict,
-                            "what": what,
-                            "details": details,
-                        }
-                    )
+                    kind = {"source": source.name, "seed": number, "verdict": verdict}
+                    faults.append({**kind, "what": what, "details": details})
                     say(
                         f"{source.name} --seed {number} --count 1: {verdict}: {what}\n    {details.strip()[-600:]}"
                     )
+            many.close()
+            one.close()
             say(f"{source.name}: {dict(found)}")
     return {name: dict(found) for name, found in table.items()}, faults
 

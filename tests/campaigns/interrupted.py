@@ -13,35 +13,14 @@ and one line that begins with "error:"; nothing lies under the final name, or al
 
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 from . import runner
-from .commands import COMMANDS, ENVIRONMENT, Command, digests, inputs_in
-
-
-def run(arguments: list[str], kill_after: float | None = None) -> tuple[int, str, float]:
-    """Returns (exit status, stderr, seconds)."""
-    start = time.monotonic()
-    child = subprocess.Popen(
-        arguments,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, errors = child.communicate(timeout=kill_after)
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGKILL)
-        _, errors = child.communicate()
-    return child.returncode, errors, time.monotonic() - start
+from .commands import COMMANDS, Command, digests, inputs_in, run
 
 
 class Undisturbed:
@@ -54,7 +33,7 @@ class Undisturbed:
             out = room / "out"
             status, errors, took = run(command.arguments(out, inputs))
             assert status == 0, f"{command.name}: {errors[-2000:]}"
-            place = final(command, out)
+            place = command.final(out)
             found.append(digests(place))
             if number == 0:
                 self.bytes = size_of(place)
@@ -63,10 +42,6 @@ class Undisturbed:
         self.same = {name: digest for name, digest in found[0].items() if found[1].get(name) == digest}
         self.names = set(found[0])
         self.seconds = min(times)
-
-
-def final(command: Command, out: Path) -> Path:
-    return out.with_name(out.name + command.suffix)
 
 
 def size_of(place: Path) -> int:
@@ -96,32 +71,46 @@ def kill(
 ) -> list[str]:
     """One case: its faults."""
     clear(room)
-    out = room / "out"
     before = {name: digests(path) for name, path in inputs.items()}
     moment = rng.uniform(0, 1.05 * clean.seconds)
-    status, _, _ = run(command.arguments(out, inputs), kill_after=moment)
-    place = final(command, out)
+    status, _, _ = run(command.arguments(room / "out", inputs), kill_after=moment)
+    return afterwards(command, clean, inputs, before, room, f"a kill at {moment:.2f} s", done=status == 0)
+
+
+def afterwards(
+    command: Command,
+    clean: Undisturbed,
+    inputs: dict[str, Path],
+    before: dict[str, dict[str, str]],
+    room: Path,
+    what: str,
+    done: bool = False,
+) -> list[str]:
+    """The faults of what a disturbed run has left in `room`, and of the same command run there again.
+
+    Args:
+        before: digests of the inputs before that run.
+        what: disturbed it.
+        done: whether it ended all the same.
+    """
+    out = room / "out"
+    place = command.final(out)
     faults = [wrong] if (wrong := half_written(command, clean, place)) else []
-    if status == 0:
-        return faults
     whole = bool(digests(place)) and not command.folder
-    if not whole:
-        # It may have been killed before there was anything to go on with.
+    if not whole and not done:
+        # It may have been stopped before there was anything to go on with.
         again = bool(command.again) and place.exists() and any(place.iterdir())
         status, errors, _ = run(command.arguments(out, inputs, again=again))
-        if status and again:
+        if status and again and "start without --resume" in errors:
             status, errors, _ = run(command.arguments(out, inputs))
         if status:
-            return [
-                *faults,
-                f"after a kill at {moment:.2f} s it ended with {status}: {errors.strip()[-400:]}",
-            ]
+            return [*faults, f"after {what} it ended with {status}: {errors.strip()[-400:]}"]
         found = digests(place)
         differing = [name for name, digest in clean.same.items() if found.get(name) != digest]
         if differing:
-            faults.append(f"after a kill at {moment:.2f} s other bytes: {differing[:3]}")
+            faults.append(f"after {what} other bytes: {differing[:3]}")
     changed = [name for name, path in inputs.items() if digests(path) != before[name]]
-    return faults + ([f"inputs changed: {changed}"] if changed else [])
+    return faults + ([f"inputs changed by {what}: {changed}"] if changed else [])
 
 
 def full(command: Command, clean: Undisturbed, inputs: dict[str, Path], disk: Path, size: int) -> list[str]:
@@ -131,7 +120,7 @@ def full(command: Command, clean: Undisturbed, inputs: dict[str, Path], disk: Pa
     try:
         out = disk / "out"
         status, errors, _ = run(command.arguments(out, inputs))
-        faults = [wrong] if (wrong := half_written(command, clean, final(command, out))) else []
+        faults = [wrong] if (wrong := half_written(command, clean, command.final(out))) else []
         lines = [line for line in errors.strip().splitlines() if line.strip()]
         if status == 0:
             # Room for all, after all: what is counted includes names and blocks only by estimate.

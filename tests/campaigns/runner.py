@@ -1,7 +1,8 @@
 """What campaigns share: their command line, and cases in processes of their own that are warm, limited in time, and may die.
 
-A case is a function that raises, returns, or kills its process. `run` says how it ended. Processes are forked from one that has
-imported everything, so that a case costs what it does and no start.
+A case is a function that raises, returns, or kills its process; `Worker` says how it ended. Workers are forked from a process that
+has imported everything, so that a case costs what it does and no start, and they do many cases one after another. A fault that a
+case leaves behind for the next one (a default changed, a lock held) shows as well.
 """
 
 import argparse
@@ -9,17 +10,22 @@ import json
 import os
 import pickle
 import resource
-import select
 import signal
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 # What a user may get instead of a result: an error of these types, on one line, that is not a sign of a fault of ours.
 REFUSALS = (ValueError, OSError, ImportError)
+# Address space that a case gets beyond what its process has.
+MOST = 2 << 30
+# In memory where there is a place for files: what is asked is what Octavo does, not what a disk does.
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 @dataclass
@@ -29,7 +35,7 @@ class Ending:
     Args:
         how: "returned", "refused", "error" (an exception that is no refusal), "died" (a signal, or an exit) or "hung".
         value: what it returned, or the message.
-        seconds, peak_bytes: what it took; bytes beyond what the process had before.
+        seconds, peak_bytes: what it took; bytes beyond what the process had before its first case.
     """
 
     how: str
@@ -39,55 +45,82 @@ class Ending:
     trace: str = field(default="", repr=False)
 
 
-def run(case: Callable[[], Any], seconds: float = 10.0) -> Ending:
-    """Run `case` in a fork, for at most `seconds` of wall time."""
-    reading, writing = os.pipe()
-    start = time.monotonic()
-    child = os.fork()
-    if not child:
-        os.close(reading)
-        _answer(case, writing)
-    os.close(writing)
-    data = b""
-    while True:
-        left = start + seconds - time.monotonic()
-        if left <= 0 or not select.select([reading], [], [], left)[0]:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            os.close(reading)
-            return Ending("hung", f"after {seconds:.0f} s", seconds)
-        part = os.read(reading, 1 << 20)
-        if not part:
-            break
-        data += part
-    os.close(reading)
-    _, status = os.waitpid(child, 0)
-    took = time.monotonic() - start
-    if os.WIFSIGNALED(status) or not data:
-        return Ending("died", f"status {status}", took)
-    how, value, peak, trace = pickle.loads(data)  # from our own child
-    return Ending(how, value, took, peak, trace)
+class Worker:
+    """A process that does cases: forked when one is asked for, and anew after one that died or hung.
+
+    Args:
+        do: what a case is, of any arguments that can be pickled.
+        seconds: of wall time that a case may take.
+        lifetime: cases until the process is replaced.
+    """
+
+    def __init__(self, do: Callable[..., Any], seconds: float = 10.0, lifetime: int = 100):
+        self.do, self.seconds, self.lifetime = do, seconds, lifetime
+        self._child, self._pipe, self._done = 0, None, 0
+
+    def run(self, *arguments: Any) -> Ending:
+        """Do one case."""
+        if not self._child or self._done == self.lifetime:
+            self._fork()
+        self._done += 1
+        start = time.monotonic()
+        self._pipe.send_bytes(pickle.dumps(arguments))
+        try:
+            if not self._pipe.poll(self.seconds):
+                self.close()
+                return Ending("hung", f"after {self.seconds:.0f} s", self.seconds)
+            how, value, peak, trace = pickle.loads(self._pipe.recv_bytes())  # from our own child
+        except EOFError:
+            status = self.close()
+            return Ending("died", f"status {status}", time.monotonic() - start)
+        return Ending(how, value, time.monotonic() - start, peak, trace)
+
+    def close(self) -> int:
+        """End the process. Returns how it ended, as `os.waitpid` says it."""
+        if not self._child:
+            return 0
+        self._pipe.close()
+        os.kill(self._child, signal.SIGKILL)
+        _, status = os.waitpid(self._child, 0)
+        self._child = 0
+        return status
+
+    def _fork(self) -> None:
+        self.close()
+        self._pipe, theirs = Pipe()
+        self._child, self._done = os.fork(), 0
+        if not self._child:
+            self._pipe.close()
+            _work(self.do, theirs)
+        theirs.close()
 
 
-def _answer(case: Callable[[], Any], pipe: int) -> None:
+def _work(do: Callable[..., Any], pipe: Connection) -> None:
     os.setsid()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    with open("/proc/self/statm") as sizes:
+        mapped = int(sizes.read().split()[0]) * resource.getpagesize()
+    # A case that asks for all there is gets an error, and does not disturb the machine.
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MOST, mapped + MOST))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trace = ""
-    try:
-        how, value = "returned", case()
-    except REFUSALS as error:
-        how, value = "refused", f"{type(error).__name__}: {error}"
-        if "\n" in str(error).strip():
-            how, trace = "error", traceback.format_exc()
-    except BaseException as error:
-        how, value, trace = "error", f"{type(error).__name__}: {error}", traceback.format_exc()
-    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    with os.fdopen(pipe, "wb") as answer:
-        answer.write(pickle.dumps((how, value, peak, trace)))
-    os._exit(0)
+    while True:
+        try:
+            arguments = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        trace = ""
+        try:
+            how, value = "returned", do(*arguments)
+        except REFUSALS as error:
+            how, value = "refused", f"{type(error).__name__}: {error}"
+            if "\n" in str(error).strip():
+                how, trace = "error", traceback.format_exc()
+        except BaseException as error:
+            how, value, trace = "error", f"{type(error).__name__}: {error}", traceback.format_exc()
+        peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        pipe.send_bytes(pickle.dumps((how, value, peak, trace)))
 
 
 def parser(description: str, count: int, counted: str) -> argparse.ArgumentParser:
