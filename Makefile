@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+LOCK := requirements/lock.txt
 # The native kernels are rebuilt when their sources change.
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml constraints.txt $(LOCK) CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-all test-page test-gpu test-vllm test-oldest check docs wheel format install clean
+.PHONY: help lock audit demo test test-all test-page test-gpu test-vllm test-oldest check docs wheel format install clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -21,10 +22,18 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(VENV)/bin/python $(SOURCES)
-	$(PIP) install -q --upgrade pip
+	$(PIP) install -q --no-deps --require-hashes -r $(LOCK)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
+	$(PIP) install -q --no-deps --no-build-isolation -e .
 	@touch $@
+
+lock: $(INSTALLED)  ## versions and hashes of what `make install` takes, anew, after a change of pyproject.toml or constraints.txt
+	$(PIP) install -q uv
+	$(BIN)/python scripts/lock.py
+
+audit: $(INSTALLED)  ## look the installed packages up among known vulnerabilities; needs the network
+	$(PIP) install -q pip-audit
+	$(BIN)/python -m pip_audit --local --skip-editable
 
 demo: $(INSTALLED)  ## the main job on the model that ships with the project: a minute or two, after the installation
 	$(BIN)/octavo demo

@@ -157,7 +157,7 @@ def from_pretrained(source: Any, dtype: torch.dtype, device: torch.device, **opt
         octavo.checkpoint.CheckpointError: if transformers cannot load it, or the files lack parameters of the model, of which
             transformers would make random numbers.
     """
-    from .checkpoint.errors import CheckpointError, library_errors, one_line
+    from .checkpoint.errors import CheckpointError, library_errors, one_line, out_of_memory
     from .checkpoint.skeleton import model_class_of
 
     # The class alone would read config.json as its own configuration: EXAONE's, whose class is Llama's, as Llama's.
@@ -173,9 +173,9 @@ def from_pretrained(source: Any, dtype: torch.dtype, device: torch.device, **opt
             **source.pretrained_options,
             **options,
         )
-    except (CheckpointError, torch.OutOfMemoryError):
-        raise
     except library_errors() as error:
+        if isinstance(error, CheckpointError) or out_of_memory(error):
+            raise
         raise CheckpointError(f"{source.folder}: transformers cannot load it: {one_line(error)}") from error
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])

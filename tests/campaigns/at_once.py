@@ -3,15 +3,14 @@
     python -m tests.campaigns.at_once --count 50        # of each kind
     python -m tests.campaigns.at_once --count 2
 
-    conversions   two commands write into one folder, the second begun at a random moment of the first; with or without --overwrite
+    conversions   two commands write into one folder, the second begun at any moment of the first, also with --overwrite
     replaced      processes load a folder again and again while a conversion replaces it by another of its model
     loads         ten processes load one folder
     threads       threads generate on one model, each its own prompt
     forks         a process that has computed with several threads forks, and both compute
 
-Rule: right or refused. Right is: the bytes of one of both conversions, whole; the logits or the tokens that one alone gives, bit for
-bit (in a fork, within a rounding: fewer threads may sum in another order). Refused is one line. Nothing hangs.
-"""
+Rule: right or refused. Right is: the bytes of one of both conversions, whole; the logits or the tokens that one alone gives,
+bit for bit (in a fork, within a rounding: fewer threads may sum in another order). Refused is one line. Nothing hangs."""
 
 import os
 import pickle

@@ -1,11 +1,12 @@
 """The commands that write, each with small inputs and the files that must come out of it, run in forks of a warm process.
 
-A fork of a process that has imported everything runs `octavo.cli.main` as a fresh interpreter does, without the seconds of imports
-in which nothing is written. The process that forks must never have computed: its threads would be missing in the fork.
-"""
+A fork of a process that has imported everything runs `octavo.cli.main` as a fresh interpreter does, without the seconds of
+imports in which nothing is written. The process that forks must never have computed: its threads would be missing in the
+fork."""
 
 import hashlib
 import importlib
+import mmap
 import os
 import select
 import signal
@@ -78,7 +79,7 @@ MODULES = (
     "octavo.training.finetune",
     "torch.utils.tensorboard",
     "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
+    "transformers.models.gptj.modeling_gptj",
     "transformers.quantizers.auto",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
@@ -91,17 +92,26 @@ def warm() -> None:
     """Import what the commands import. Raises RuntimeError if that, or what was done before, left threads."""
     for name in MODULES:
         importlib.import_module(name)
-    if len(os.listdir("/proc/self/task")) > 1:
-        raise RuntimeError("this process has threads: forks of it would lack them")
+    for _ in range(20):
+        names = [
+            Path("/proc/self/task", task, "comm").read_text().strip()
+            for task in os.listdir("/proc/self/task")
+        ]
+        if len(names) == 1:
+            return
+        # Some end by themselves.
+        time.sleep(0.1)
+    raise RuntimeError(f"this process has threads, which forks of it would lack: {names}")
 
 
 @dataclass
 class Started:
-    """A command that runs in a fork."""
+    """A command that runs in a fork; `peak` gets the address space it took at most beyond what it began with, in bytes."""
 
     process: int
     errors: Any
     begun: float
+    peak: Any = None
 
 
 def start(words: list[str], prepare: Callable[[], None] | None = None) -> Started:
@@ -111,12 +121,13 @@ def start(words: list[str], prepare: Callable[[], None] | None = None) -> Starte
         words: of the command line, without "octavo".
         prepare: what the fork does first.
     """
-    errors = tempfile.TemporaryFile()
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 (`status_of` closes it)
     begun = time.monotonic()
+    peak = mmap.mmap(-1, 8)
     child = os.fork()
     if not child:
-        _command(words, errors.fileno(), prepare)
-    return Started(child, errors, begun)
+        _command(words, errors.fileno(), prepare, peak)
+    return Started(child, errors, begun, peak)
 
 
 def status_of(command: Started, kill_after: float | None = None) -> tuple[int, str]:
@@ -132,6 +143,15 @@ def status_of(command: Started, kill_after: float | None = None) -> tuple[int, s
         return os.waitstatus_to_exitcode(status), errors.read().decode(errors="replace")
 
 
+def peak_of(words: list[str]) -> int:
+    """Bytes of address space that a command takes, beyond what it begins with."""
+    command = start(words)
+    status, errors = status_of(command)
+    if status:
+        raise RuntimeError(f"octavo {' '.join(words)}: {errors}")
+    return int.from_bytes(command.peak[:], "little")
+
+
 def run(
     words: list[str], kill_after: float | None = None, prepare: Callable[[], None] | None = None
 ) -> tuple[int, str, float]:
@@ -141,8 +161,15 @@ def run(
     return status, errors, time.monotonic() - command.begun
 
 
-def _command(words: list[str], errors: int, prepare: Callable[[], None] | None) -> None:
-    status = 1
+def address_space(most: bool = False) -> int:
+    """Bytes of address space that this process has, or has had at most."""
+    name = "VmPeak:" if most else "VmSize:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def _command(words: list[str], errors: int, prepare: Callable[[], None] | None, peak: mmap.mmap) -> None:
+    status, before = 1, address_space()
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(errors, 2)
@@ -157,6 +184,7 @@ def _command(words: list[str], errors: int, prepare: Callable[[], None] | None) 
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        peak[:] = max(0, address_space(most=True) - before).to_bytes(8, "little")
         os._exit(status)
 
 

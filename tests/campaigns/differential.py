@@ -3,8 +3,8 @@
     python -m tests.campaigns.differential --count 3000 --seed 1     # hours
     python -m tests.campaigns.differential --count 30
 
-A random architecture, with random sizes, in a random type, quantized with a random block size, codebook, type of scales and skip
-list, run by the kernels of a random instruction set. Reference: the plain model on the de-quantized weights
+A random architecture, with random sizes, in a random type, quantized with a random block size, codebook, type of scales and
+skip list, run by the kernels of a random instruction set. Reference: the plain model on the de-quantized weights
 (`dequantize_model` of a copy). In each case:
 
     logits             no farther from float64 than the plain model in the same type is, within a factor

@@ -3,10 +3,9 @@
     python -m tests.campaigns.hostile --count 10000 --seed 1        # hours
     python -m tests.campaigns.hostile --count 50
 
-`count` mutations of each kind of source. Verdict by rule: the numbers are right, or one clear line; never a crash, a hang beyond
-10 s, memory beyond three times the files (and 256 MB for what is loaded besides), a file outside the output folder, code of a
-pickle that runs, other numbers. What breaks a rule is printed with what repeats it, and the exit status is 1.
-"""
+`count` mutations of each kind of source. Verdict by rule: the numbers are right, or one clear line; never a crash, a hang
+beyond 10 s, memory beyond three times the files (and 256 MB for what is loaded besides), a file outside the output folder,
+code of a pickle that runs, other numbers. What breaks a rule is printed with what repeats it, and the exit status is 1."""
 
 import gc
 import random

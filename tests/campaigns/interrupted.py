@@ -1,17 +1,24 @@
-"""Campaigns: killed at any point, and no room on the disk.
+"""Campaigns: killed at any point, no room on the disk, and no memory.
 
     python -m tests.campaigns.interrupted kill --count 50       # of each command; an hour
     python -m tests.campaigns.interrupted full --count 20       # as root: a tmpfs of each size
+    python -m tests.campaigns.interrupted memory --count 20
+    python -m tests.campaigns.interrupted cgroup --count 20     # as root, where the first version of cgroups is
 
-Killed: `kill -9` at moments spread at random over the command's own time. Afterwards nothing lies under the final name, or all of
-it; the inputs are untouched; the same command (finetune: with --resume) ends well and gives the same bytes as a run that nothing
-disturbed. (Bytes that differ between two undisturbed runs, such as times, are left out.)
+Killed: `kill -9` at moments spread at random over the command's own time. Afterwards nothing lies under the final name, or
+all of it; the inputs are untouched; the same command (finetune: with --resume) ends well and gives the same bytes as a run
+that nothing disturbed. (Bytes that differ between two undisturbed runs, such as times, are left out.)
 
-No room: the disk has between nothing and one block less than what the command writes. The command ends with a status other than 0
-and one line that begins with "error:"; nothing lies under the final name, or all of it.
-"""
+No room: the disk has between nothing and one block less than what the command writes. The command ends with a status other
+than 0 and one line that begins with "error:"; nothing lies under the final name, or all of it.
 
+No memory: the process may have between nothing and all of the address space (RLIMIT_AS) that the command takes beyond what a
+process has that has imported everything. The same rule; and afterwards the same command, with memory, gives the same bytes. A
+cgroup instead limits what is used and kills, as a machine does that has no more: then the rule of those that are killed."""
+
+import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +27,9 @@ from collections import Counter
 from pathlib import Path
 
 from . import runner
-from .commands import COMMANDS, Command, digests, inputs_in, run
+from .commands import COMMANDS, Command, address_space, digests, inputs_in, peak_of, run
+
+CGROUPS = Path("/sys/fs/cgroup/memory")
 
 
 class Undisturbed:
@@ -121,17 +130,62 @@ def full(command: Command, clean: Undisturbed, inputs: dict[str, Path], disk: Pa
         out = disk / "out"
         status, errors, _ = run(command.arguments(out, inputs))
         faults = [wrong] if (wrong := half_written(command, clean, command.final(out))) else []
-        lines = [line for line in errors.strip().splitlines() if line.strip()]
-        if status == 0:
-            # Room for all, after all: what is counted includes names and blocks only by estimate.
-            return faults
-        if "Traceback" in errors:
-            faults.append(f"{size} bytes: a traceback: {lines[-1][:300]}")
-        if not any("error:" in line.lower() for line in lines[-3:]):
-            faults.append(f"{size} bytes: no error line: {errors.strip()[-300:]!r}")
+        # A status of 0: room for all, after all. What is counted includes names and blocks only by estimate.
+        if status and (told := untold(errors)):
+            faults.append(f"{size} bytes: {told}")
         return faults
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def memory(
+    command: Command, clean: Undisturbed, inputs: dict[str, Path], room: Path, limit: int
+) -> list[str]:
+    """One case, with `limit` bytes of address space: its faults."""
+    clear(room)
+    before = {name: digests(path) for name, path in inputs.items()}
+
+    def prepare() -> None:
+        most = address_space() + limit
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    status, errors, _ = run(command.arguments(room / "out", inputs), 60, prepare)
+    what = f"{limit >> 10} kB of memory"
+    faults = [f"{what}: {told}"] if status and (told := untold(errors)) else []
+    if status < 0:
+        faults.append(f"{what}: ended by signal {-status}: {errors.strip()[-300:]}")
+    return faults + afterwards(command, clean, inputs, before, room, what, done=status == 0)
+
+
+def cgroup(
+    command: Command, clean: Undisturbed, inputs: dict[str, Path], room: Path, limit: int
+) -> list[str]:
+    """One case, in a cgroup of `limit` bytes of memory: its faults."""
+    clear(room)
+    before = {name: digests(path) for name, path in inputs.items()}
+    group = CGROUPS / f"octavo-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(max(limit, 1 << 20)))
+        words = command.arguments(room / "out", inputs)
+        status, _, _ = run(words, 60, lambda: _enter(group))
+    finally:
+        group.rmdir()
+    return afterwards(command, clean, inputs, before, room, f"{limit >> 10} kB in a cgroup", done=status == 0)
+
+
+def _enter(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def untold(errors: str) -> str:
+    """What is wrong with how a command tells its error; empty if nothing is."""
+    lines = [line for line in errors.strip().splitlines() if line.strip()]
+    if "Traceback" in errors:
+        return f"a traceback: {lines[-1][:300]}"
+    if not any("error:" in line.lower() for line in lines[-3:]):
+        return f"no error line: {errors.strip()[-300:]!r}"
+    return ""
 
 
 def campaign(what: str, count: int, seed: int, only: str | None = None, say=print) -> tuple[dict, list[str]]:
@@ -146,13 +200,18 @@ def campaign(what: str, count: int, seed: int, only: str | None = None, say=prin
             room = Path(folder) / "room"
             room.mkdir(exist_ok=True)
             clean = Undisturbed(command, inputs, room)
+            words = command.arguments(room / "out", inputs)
+            most = peak_of(words) if what in ("memory", "cgroup") else clean.bytes
+            clear(room)
             for number in range(count):
+                share = most * number // count
                 if what == "kill":
-                    found = kill(
-                        command, clean, inputs, room, random.Random(f"{command.name} {seed + number}")
-                    )
+                    rng = random.Random(f"{command.name} {seed + number}")
+                    found = kill(command, clean, inputs, room, rng)
+                elif what == "full":
+                    found = full(command, clean, inputs, Path(folder) / "disk", share)
                 else:
-                    found = full(command, clean, inputs, Path(folder) / "disk", clean.bytes * number // count)
+                    found = (memory if what == "memory" else cgroup)(command, clean, inputs, room, share)
                 table[command.name] += 1
                 for fault in found:
                     faults.append(f"{command.name} (case {number}): {fault}")
@@ -167,7 +226,7 @@ def campaign(what: str, count: int, seed: int, only: str | None = None, say=prin
 
 def main() -> int:
     parser = runner.parser(__doc__, 3, "cases of each command")
-    parser.add_argument("what", choices=["kill", "full"])
+    parser.add_argument("what", choices=["kill", "full", "memory", "cgroup"])
     parser.add_argument("--only", help="one command: part of its name")
     options = parser.parse_args()
     found = campaign(options.what, options.count, options.seed, options.only, runner.say)

@@ -1,8 +1,8 @@
 """Ways to damage a checkpoint, or to make it dangerous. Each returns what it did, and whether the numbers must stay the same.
 
-A mutation of a header or an index either is refused or changes nothing: values are where they were. (What would be another valid
-file, as two tensors of one shape in each other's place, is not made.) A mutation of a configuration may give another valid model.
-"""
+A mutation of a header or an index either is refused or changes nothing: values are where they were. (What would be another
+valid file, as two tensors of one shape in each other's place, is not made.) A mutation of a configuration may give another
+valid model."""
 
 import json
 import os

@@ -3,17 +3,17 @@
     python -m tests.campaigns.powerloss --count 60       # moments of each command; an hour
     python -m tests.campaigns.powerloss --count 3
 
-A command runs once with a library before the system's (`recorder.c`, compiled here) that writes down what it does to its files. Then
-the power fails after some of these steps, at random: what was not synced by then is lost, in each of four ways:
+A command runs once with a library before the system's (`recorder.c`, compiled here) that writes down what it does to its
+files. Then the power fails after some of these steps, at random: what was not synced by then is lost, in each of four ways:
 
     lost     files hold what they held when they were last synced, folders name what they named when they were
     names    folders are as they were at the moment, files hold what was synced: a new one is empty
     zeros    the same, but files are as long as they were, with zeros where nothing was synced
     some     a random part of the last changes of folders came through, in their order, and of the last writes to each file
 
-A rename is whole or not at all; syncing a file does not sync its name, which POSIX does not promise. Afterwards: nothing under the
-final name, or all of it; the inputs untouched; the same command ends well, with the same bytes as a run that nothing disturbed.
-"""
+A rename is whole or not at all; syncing a file does not sync its name, which POSIX does not promise. Afterwards: nothing
+under the final name, or all of it; the inputs untouched; the same command ends well, with the same bytes as a run that
+nothing disturbed."""
 
 import random
 import shutil

@@ -1,9 +1,8 @@
 """What campaigns share: their command line, and cases in processes of their own that are warm, limited in time, and may die.
 
-A case is a function that raises, returns, or kills its process; `Worker` says how it ended. Workers are forked from a process that
-has imported everything, so that a case costs what it does and no start, and they do many cases one after another. A fault that a
-case leaves behind for the next one (a default changed, a lock held) shows as well.
-"""
+A case is a function that raises, returns, or kills its process; `Worker` says how it ended. Workers are forked from a process
+that has imported everything, so that a case costs what it does and no start, and they do many cases one after another. A
+fault that a case leaves behind for the next one (a default changed, a lock held) shows as well."""
 
 import argparse
 import json

@@ -3,13 +3,12 @@
     python -m tests.campaigns.served --count 2000      # some ten minutes
     python -m tests.campaigns.served --count 50
 
-Each case is one connection with one request that is wrong in one way: values of another kind in the JSON, JSON that is cut, nested
-or in another encoding, bytes changed, headers that lie about the body, odd methods and paths, bodies that are too large, clients
-that send slowly or leave; some other clients hang on all the time. Rule: whole HTTP gets within 10 s an answer of the API, or an
-error in the API's form with a status of 400 to 499; what is no HTTP may get the HTTP server's own 400; and what was not sent to its
-end may get nothing. After every 25 cases a right request is answered as at first, and at the end: memory, open files and threads
-are about what they were, the log holds no traceback, and the server stops when it is told to.
-"""
+Each case is one connection with one request that is wrong in one way: values of another kind in the JSON, JSON that is cut,
+nested or in another encoding, bytes changed, headers that lie about the body, odd methods and paths, bodies that are too
+large, clients that send slowly or leave; some other clients hang on all the time. Rule: whole HTTP gets within 10 s an answer
+of the API, or an error in the API's form with a status of 400 to 499; what is no HTTP may get the HTTP server's own 400; and
+what was not sent to its end may get nothing. After every 25 cases a right request is answered as at first, and at the end:
+memory, open files and threads are about what they were, the log holds no traceback, and the server stops when it is told to."""
 
 import json
 import os

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import typer
 
+from octavo.checkpoint.errors import out_of_memory
+
 from .bench import bench
 from .compare import compare
 from .demo import demo
@@ -92,10 +94,11 @@ def main() -> None:
         command = next((f" {word}" for word in sys.argv[1:] if word in names), "")
         error.message = _plain(error)
         _fail(f"{error.format_message().rstrip('.')} (see octavo{command} --help)", 2)
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        short = out_of_memory(error)
+        if debug or (isinstance(error, (MemoryError, RuntimeError)) and not short):
             raise
-        _fail(str(error) or type(error).__name__, 1)
+        _fail(_short_of_memory(error) if short else str(error) or type(error).__name__, 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -125,6 +128,15 @@ def _plain(error: Any) -> str:
     if "extra argument" in message:
         return f"{message.rstrip('.')}: a text or a name with spaces goes into quotes"
     return message
+
+
+def _short_of_memory(error: BaseException) -> str:
+    # The first line says how much was asked for; torch's advice on its own settings follows.
+    said = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return (
+        f"out of memory ({said}): `octavo plan MODEL` tells what a model takes; shorter texts, smaller batches "
+        "and other programs that are ended leave more"
+    )
 
 
 def _fail(message: str, status: int) -> NoReturn:
