@@ -33,7 +33,7 @@ lock: $(INSTALLED)  ## versions and hashes of what `make install` takes, anew, a
 
 audit: $(INSTALLED)  ## look the installed packages up among known vulnerabilities; needs the network
 	$(PIP) install -q pip-audit
-	$(BIN)/python -m pip_audit --local --skip-editable
+	$(BIN)/python -m pip_audit --local --skip-editable --strict
 
 demo: $(INSTALLED)  ## the main job on the model that ships with the project: a minute or two, after the installation
 	$(BIN)/octavo demo

@@ -84,6 +84,18 @@ Neighbours& neighbours() {
   return found;
 }
 
+// Threads do not survive a fork: in a process that was forked from the one which loaded this library, a pool, OpenMP's as well,
+// would wait for ever for threads that it believes to have.
+bool forked() {
+#if defined(_WIN32)
+  return false;
+#else
+  static const pid_t owner = getpid();
+  return getpid() != owner;
+#endif
+}
+[[maybe_unused]] const bool loaded = forked();  // notes the owner
+
 // The entry points of libgomp, which LLVM's and Intel's runtimes provide as well.
 struct OpenMp {
   void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
@@ -112,7 +124,7 @@ class Pool {
  public:
   void run(Job& job, int threads) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (!turn.owns_lock() || !usable()) return job.work();
+    if (!turn.owns_lock()) return job.work();
     bool asleep;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -146,8 +158,8 @@ class Pool {
     }
     wake_.notify_all();
     for (std::thread& w : workers_)
-      if (usable()) w.join();
-      else w.detach();
+      if (forked()) w.detach();
+      else w.join();
   }
 
  private:
@@ -174,15 +186,6 @@ class Pool {
     }
   }
 
-  // The threads do not survive a fork.
-  bool usable() const {
-#if defined(_WIN32)
-    return true;
-#else
-    return getpid() == owner_;
-#endif
-  }
-
   // Microseconds that a worker waits awake: longer than what lies between two products of a token.
   static constexpr int kAwake = 100;
 
@@ -194,9 +197,6 @@ class Pool {
   int wanted_ = 0, asleep_ = 0;
   std::atomic<uint64_t> generation_{0};
   bool stop_ = false;
-#if !defined(_WIN32)
-  const pid_t owner_ = getpid();
-#endif
 };
 
 thread_local bool inside = false;
@@ -235,7 +235,7 @@ void run_tasks(int64_t tasks, int threads, Body body, void* context) {
   if (threads > tasks) threads = static_cast<int>(tasks);
   Job job(body, context, tasks, threads);
   const OpenMp& omp = openmp();
-  if (threads <= 1 || inside || (omp.parallel && omp.in_parallel())) return job.work();
+  if (threads <= 1 || inside || forked() || (omp.parallel && omp.in_parallel())) return job.work();
   if (omp.parallel) {
     if (neighbours().busy()) return job.work();
     const int64_t start = nanoseconds();

@@ -6,8 +6,8 @@
 Minutes are of the process's own processor time, so that it does not matter what else the machine does, or whether it is
 stopped meanwhile. Both work on the model that ships with Octavo, with one thread.
 
-    finetune   trains that long; then the same run is interrupted in the middle (as by Ctrl-C) and gone on with by --resume in a process
-               of its own: the losses must be the same numbers, and so must the adapter's bytes
+    finetune   trains that long; then the same run is interrupted in the middle (as by Ctrl-C) and gone on with by --resume in a
+               process of its own: the losses must be the same numbers, and so must the adapter's bytes
     generate   continues prompts of random lengths over and over; each must always get the tokens it got first
 
 Memory: the resident set after each step, and its slope over all but the first tenth, by least squares over means of twenty
@@ -53,7 +53,7 @@ def memory_of(samples: list[int]) -> dict[str, float]:
         samples: bytes after each step.
 
     Returns:
-        steps, bytes at the end, slope in bytes a step, its standard error, and the growth over all steps that the slope amounts to.
+        steps, bytes at the end, slope in bytes per step, its standard error, and the growth over all steps.
     """
     kept = np.array(samples[len(samples) // 10 :], dtype=float)
     parts = np.array_split(kept, PARTS)
@@ -187,7 +187,7 @@ def generate(minutes: float, folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def main() -> int:
-    parser = runner.parser(__doc__, 1, "times")
+    parser = runner.parser(__doc__)
     parser.add_argument("what", choices=["finetune", "generate"])
     parser.add_argument("--minutes", type=float, default=2.0, help="of processor time; default: %(default)s")
     options = parser.parse_args()

@@ -122,13 +122,14 @@ def _work(do: Callable[..., Any], pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps((how, value, peak, trace)))
 
 
-def parser(description: str, count: int, counted: str) -> argparse.ArgumentParser:
-    """The options of a campaign: how many cases, from which seed on, and where the result goes."""
+def parser(description: str, count: int | None = None, counted: str = "") -> argparse.ArgumentParser:
+    """The options of a campaign: how many cases, from which seed on (unless it counts none), and where the result goes."""
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--count", type=int, default=count, help=f"{counted}; default: %(default)s")
-    options.add_argument("--seed", type=int, default=1, help="number of the first; default: %(default)s")
+    if count is not None:
+        options.add_argument("--count", type=int, default=count, help=f"{counted}; default: %(default)s")
+        options.add_argument("--seed", type=int, default=1, help="number of the first; default: %(default)s")
     options.add_argument("--json", type=Path, help="write the table and the faults here")
     return options
 

@@ -119,15 +119,13 @@ def check_formats(formats: str) -> list[str]:
 
 def _write(found: Any, output: Path) -> None:
     import json
-    import os
 
+    from octavo.checkpoint.writing.durable import write_in_place
     from octavo.evaluation.compare_plot import draw
 
     figures = found.to_dict()
     output.mkdir(parents=True, exist_ok=True)
-    partial = output / "compare.json.partial"
-    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output / "compare.json")
+    write_in_place(output / "compare.json", json.dumps(figures, indent=2) + "\n")
     draw(figures, output / "compare.png")
 
 

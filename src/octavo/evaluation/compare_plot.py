@@ -9,11 +9,11 @@ Example:
     >>> draw(found.to_dict(), Path("compare.png"))
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.writing.durable import put_in_place
 from .plots import COLOURS, MARKERS
 
 # Bits beyond the smallest format's within which formats are drawn as points.
@@ -81,7 +81,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         figure.savefig(partial, format="png")
-        os.replace(partial, path)
+        put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

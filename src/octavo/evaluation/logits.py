@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.writing.durable import put_in_place
 from ..checkpoint.writing.shards import ShardFile, header_room
 from ..ops.schema import COMPUTE_DTYPES
 from ..tensor import OctavoTensor
@@ -114,7 +115,7 @@ class LogitsWriter:
                 if self._file is None or self._rows != self.about.scored:
                     raise ValueError(f"{self.path}: expected {self.about.scored} tokens, found {self._rows}")
                 self._file.finish()
-                self._partial.replace(self.path)
+                put_in_place(self._partial, self.path)
         finally:
             if self._file is not None:
                 self._file.close()

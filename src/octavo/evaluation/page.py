@@ -15,11 +15,11 @@ Example:
 import base64
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.writing.durable import put_in_place
 from .evaluate import Evaluation, exp_interval, percent
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -67,7 +67,7 @@ def write_report(found: Evaluation, folder: str | Path, against: str | Path | No
         written = []
         # The page last: it is there when all it goes with is.
         for name in (*drawn, "evaluation.json", "index.html"):
-            os.replace(Path(aside, name), folder / name)
+            put_in_place(Path(aside, name), folder / name)
             written.append(folder / name)
     return written
 

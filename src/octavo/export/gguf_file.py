@@ -14,7 +14,6 @@ Example:
 """
 
 import errno
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from gguf.utility import size_label
 
 from ..checkpoint import Source, open_source
 from ..checkpoint.skeleton import build_skeleton
+from ..checkpoint.writing.durable import put_in_place
 from .architectures import Architecture, Target, architecture_of
 from .parameters import Parameters
 from .vocabulary import Vocabulary, add_vocabulary
@@ -162,9 +162,7 @@ class _Export:
         try:
             vocabulary = self._describe(writer)
             self._write_tensors(writer)
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
-            os.replace(partial, self.out)
+            put_in_place(partial, self.out)
         except BaseException:
             writer.close()
             partial.unlink(missing_ok=True)

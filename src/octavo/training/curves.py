@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoint.writing.durable import write_in_place
 from .data import Example
 from .loss import IGNORED
 
@@ -121,4 +122,4 @@ def print_table(history: list[dict[str, float]], console: Console) -> None:
 
 def write_log(history: list[dict[str, float]], path: str | Path) -> None:
     """The Trainer's log as JSON."""
-    Path(path).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    write_in_place(Path(path), json.dumps(history, indent=1) + "\n")

@@ -27,22 +27,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from ..checkpoint.writing.durable import write_in_place
 from .adapters import add_adapters
 from .card import Origin, card_callback, write_card
 from .curves import write_curve, write_log
 from .data import Example, check_length, collate
-from .folder import ADAPTER, check_space, move_into, newest_checkpoint, told_of_a_full_disk
+from .folder import (
+    ADAPTER,
+    MARKED,
+    OPTIONS_FILE,
+    check_space,
+    mark,
+    marks,
+    move_into,
+    newest_checkpoint,
+    told_of_a_full_disk,
+)
 from .prepare import GradientGuard, LossGuard, prepare_for_training
 from .recipe import Recipe
 from .sharding import held_bytes, keep_accelerate_from_sharding, shard_frozen, sharding_asked
 from .trainer import OctavoTrainer, Progress, StopOnInterrupt
 
 OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit", "adamw": "adamw_torch"}
-OPTIONS_FILE = "recipe.json"
 
 
 @dataclass
@@ -223,6 +233,7 @@ def finetune_model(
         callbacks=[
             GradientGuard(),
             LossGuard(),
+            _Marks(),
             *([card_callback(origin, recipe)] if origin is not None else []),
             *(callbacks or []),
         ],
@@ -249,6 +260,14 @@ def finetune_model(
         outcome.before, outcome.after = evaluations[0], evaluations[-1]
     outcome.held_bytes = held_bytes(model)
     return outcome
+
+
+class _Marks(TrainerCallback):
+    """Marks each checkpoint that the Trainer has saved, before it saves the next one and removes one before it."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def _save(trainer: Any, output: Path, origin: Origin | None, recipe: Recipe, outcome: Outcome) -> None:
@@ -289,6 +308,8 @@ def _same_options(
     """Keep the options and a digest of the data beside the checkpoints; on resuming, refuse others: the losses would not be the
     same run's."""
     path = output / OPTIONS_FILE
+    # A run that was begun without marks goes on without.
+    marked = marks(output) if resume else True
     options = {**recipe.to_dict(), "data": _digest(train), "validation": _digest(held_out)}
     if resume and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -306,4 +327,4 @@ def _same_options(
                 f"--resume: expected the options and the data that the run was started with, found others: {listed}"
             )
     output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    write_in_place(path, json.dumps({**options, MARKED: marked}, indent=2) + "\n")

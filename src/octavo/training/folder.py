@@ -13,22 +13,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..checkpoint.writing.durable import sync, sync_all
 from ..checkpoint.writing.output_directory import check_writable
 
 ADAPTER = "adapter_model.safetensors"
+# What a run was started with; and that its checkpoints are marked once they are on the disk.
+OPTIONS_FILE = "recipe.json"
+MARKED = "checkpoints_are_marked"
+MARK = "octavo-whole"
 # Words of safetensors, and of torch's zip writer wherever in a file the disk became full.
 FULL_DISK = ("No space left", "PytorchStreamWriter failed", "iostream error", "inline_container")
 
 
 def newest_checkpoint(folder: str | Path) -> Path:
-    """The newest complete checkpoint of a run. A kill in the middle of saving leaves an incomplete one,
-    passed over.
+    """The newest complete checkpoint of a run. A kill in the middle of saving, or a power failure after it, leaves an incomplete
+    one, passed over.
 
     Raises:
         FileNotFoundError: if there is none.
     """
-    found = []
+    found, marked = [], marks(folder)
     for path in Path(folder).glob("checkpoint-*"):
+        if marked and not (path / MARK).exists():
+            continue
         try:
             # The Trainer writes its state last.
             step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
@@ -43,6 +50,22 @@ def newest_checkpoint(folder: str | Path) -> Path:
     return max(found)[1]
 
 
+def marks(folder: str | Path) -> bool:
+    """Whether a run marks its checkpoints: others' runs do not."""
+    try:
+        return bool(json.loads((Path(folder) / OPTIONS_FILE).read_text(encoding="utf-8")).get(MARKED))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def mark(checkpoint: Path) -> None:
+    """Say that a checkpoint is whole, once it is on the disk."""
+    sync_all(checkpoint)
+    (checkpoint / MARK).touch()
+    sync(checkpoint)
+    sync(checkpoint.parent)
+
+
 def refuse_to_overwrite(output: str | Path) -> None:
     """Keep a new run out of another's folder.
 
@@ -51,16 +74,28 @@ def refuse_to_overwrite(output: str | Path) -> None:
     """
     output = Path(output)
     check_writable(output, f"--output {output}")
-    if (output / ADAPTER).exists() or list(output.glob("checkpoint-*")):
+    # What a run was killed in before its first checkpoint was whole holds nothing to go on with.
+    begun = list(output.glob("checkpoint-*")) and not (marks(output) and not _has_whole(output))
+    if (output / ADAPTER).exists() or begun:
         raise ValueError(
             f"--output {output} holds a run already: --resume goes on with it; for a new one give another folder, or remove this"
         )
 
 
+def _has_whole(output: Path) -> bool:
+    try:
+        newest_checkpoint(output)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def move_into(partial: Path, output: Path) -> None:
     """Give what was written aside its names in `output`; the file that makes a run a finished one comes last."""
+    sync_all(partial)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == ADAPTER):
         path.replace(output / path.name)
+    sync(output)
     partial.rmdir()
 
 

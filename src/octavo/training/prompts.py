@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.writing.durable import write_in_place
+
 PROMPTS_FILE = "octavo_prompts.json"
 PLAIN, CHAT = "plain", "chat"
 
@@ -65,7 +67,7 @@ class Prompts:
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        (Path(folder) / PROMPTS_FILE).write_text(text, encoding="utf-8")
+        write_in_place(Path(folder) / PROMPTS_FILE, text)
 
 
 def read_prompts(source: str | Path) -> Prompts | None:

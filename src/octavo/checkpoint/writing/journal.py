@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .durable import sync
 
 NAME = "octavo-journal.jsonl"
 VERSION = 1
@@ -51,9 +52,20 @@ class Journal:
     @classmethod
     def create(cls, folder: Path, head: dict[str, Any]) -> "Journal":
         """Begin a journal in a new folder."""
-        folder.mkdir(parents=True)
-        journal = cls(folder / NAME, _lock(folder))
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            # Another process was faster.
+            return cls.resume(folder, head)
+        return cls._begin(folder, head, _lock(folder))
+
+    @classmethod
+    def _begin(cls, folder: Path, head: dict[str, Any], lock: Any) -> "Journal":
+        journal = cls(folder / NAME, lock)
         journal._append([{"octavo": VERSION, **head}])
+        # Its name, and the folder's.
+        sync(folder)
+        sync(folder.absolute().parent)
         return journal
 
     @classmethod
@@ -74,6 +86,10 @@ class Journal:
     @classmethod
     def _resume(cls, folder: Path, head: dict[str, Any], lock: Any) -> "Journal":
         lines, length = _read(folder / NAME)
+        if not lines and {path.name for path in folder.iterdir()} <= {NAME}:
+            # It had just been made when all ended.
+            os.truncate(folder / NAME, 0)
+            return cls._begin(folder, head, lock)
         again = "finish it with the same command, or start anew with --overwrite"
         if not lines or lines[0].get("octavo") != VERSION:
             raise CheckpointError(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..reading.locate import Location
+from .durable import sync, sync_all
 
 if TYPE_CHECKING:
     from ..reading.source import Source
@@ -64,8 +65,7 @@ class OutputDirectory:
 
     def publish(self) -> None:
         """Give finished work its final name; an old folder of that name goes only once the new one is there."""
-        for path in (*self.partial.rglob("*"), self.partial):
-            _sync(path)
+        sync_all(self.partial)
         if self.inside:
             self.partial.rename(self.out / FINISHED)
             self._exchange()
@@ -76,7 +76,7 @@ class OutputDirectory:
             shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)
         self.partial.rename(self.out)
-        _sync(self.out.absolute().parent)
+        sync(self.out.absolute().parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def _exchange(self) -> None:
@@ -92,7 +92,7 @@ class OutputDirectory:
         for path in sorted(finished.iterdir(), key=lambda path: path.name == "config.json"):
             if path.name != CLEARED:
                 path.rename(self.out / path.name)
-        _sync(self.out)
+        sync(self.out)
         for leftover in (old, finished):
             shutil.rmtree(leftover)
 
@@ -178,14 +178,3 @@ def fingerprint(source: "Source") -> str:
                 file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders, and needs no sync of them
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -25,6 +25,7 @@ import torch
 
 from ..reading.safetensors_source import DTYPE_NAMES, MAX_HEADER
 from ..units import Piece, Unit, piece_nbytes
+from .durable import sync
 
 # Data starts on a multiple of this, so that a mapped file's tensors are aligned for vector loads.
 ALIGNMENT = 64
@@ -70,6 +71,8 @@ class ShardFile:
         self.rows = dict(rows or {})
         self.position = max((end for *_, end in self.rows.values()), default=0)
         path.touch()
+        # What a journal says of this file is worth nothing if its name is lost.
+        sync(path.absolute().parent)
         # Unbuffered: what is written is at once the system's, and an error is that of this write.
         self._file = path.open("r+b", buffering=0)
         self._file.truncate(8 + room + self.position)

@@ -159,12 +159,25 @@ class CheckpointWriter:
     def _open_journal(self) -> Journal:
         if self.partial.exists():
             try:
-                return Journal.resume(self.partial, self.head)
+                journal = Journal.resume(self.partial, self.head)
             except CheckpointError as error:
                 if not self.overwrite or isinstance(error, InUseError):
                     raise
-                shutil.rmtree(self.partial)
+            else:
+                if self._holds(journal):
+                    return journal
+                journal.close()
+            shutil.rmtree(self.partial)
         return Journal.create(self.partial, self.head)
+
+    def _holds(self, journal: Journal) -> bool:
+        """Whether the unfinished files have what the journal says of them."""
+        for line in journal.units.values():
+            path = self.partial / self.files[line["shard"]]
+            end = 8 + self.rooms[line["shard"]] + max((tensor[4] for tensor in line["tensors"]), default=0)
+            if not path.exists() or path.stat().st_size < end:
+                return False
+        return True
 
     def _needed(self) -> int:
         """Bytes still to be written, with the scales' likely type."""

@@ -1,0 +1,85 @@
+"""Where there is no memory: one line that says so, and no file is blamed."""
+
+import sys
+
+import pytest
+import torch
+
+from octavo import cli, loading
+from octavo.checkpoint.errors import CheckpointError, out_of_memory
+
+from .test_checkpoint_models import save
+
+
+def real_error() -> Exception:
+    """What torch raises where there is no memory: for more than any machine has."""
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    return found.value
+
+
+def errors() -> list[Exception]:
+    return [
+        real_error(),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nadvice"),
+        OSError(12, "Cannot allocate memory"),
+    ]
+
+
+@pytest.mark.parametrize("error", errors(), ids=lambda error: type(error).__name__)
+def test_a_command_says_so_in_one_line(error, monkeypatch, capsys):
+    def fails(**_):
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    told = capsys.readouterr().err
+    assert end.value.code == 1
+    assert told.startswith("error: out of memory (") and told.count("\n") == 1 and "octavo plan" in told
+
+
+def test_other_runtime_errors_keep_their_traceback(monkeypatch):
+    def fails(**_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main()
+
+
+def test_loading_does_not_blame_the_files(tmp_path, monkeypatch):
+    save("llama", tmp_path / "plain")
+    error = real_error()
+
+    def fails(*_, **__):
+        raise error
+
+    import transformers
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fails)
+    with pytest.raises(RuntimeError) as found:
+        loading.load(tmp_path / "plain", device="cpu")
+    assert found.value is error and not isinstance(error, CheckpointError) and out_of_memory(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_native_kernel_that_gets_no_memory_raises(tmp_path):
+    """In a process of its own: what the limit breaks does not come back."""
+    import subprocess
+
+    code = """
+import resource, torch, octavo
+from octavo.checkpoint.errors import out_of_memory
+weight = octavo.quantize_model(torch.nn.Sequential(torch.nn.Linear(4096, 4096)))
+x = torch.randn(8_000, 4096)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20),) * 2)
+try:
+    weight(x)
+except Exception as error:
+    print("told" if out_of_memory(error) else repr(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "told", done.stderr[-2000:]
