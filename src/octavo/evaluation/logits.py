@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.writing.durable import put_in_place
+from ..checkpoint.writing.in_use import Lock
 from ..checkpoint.writing.shards import ShardFile, header_room
 from ..ops.schema import COMPUTE_DTYPES
 from ..tensor import OctavoTensor
@@ -102,6 +103,7 @@ class LogitsWriter:
         self._model = model
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._file: ShardFile | None = None
+        self._lock: Lock | None = None
         self._at: dict[str, int] = {}
         self._rows = 0
         self._head = False
@@ -119,7 +121,9 @@ class LogitsWriter:
         finally:
             if self._file is not None:
                 self._file.close()
-            self._partial.unlink(missing_ok=True)
+            if self._lock is not None:
+                self._partial.unlink(missing_ok=True)
+                self._lock.close()
 
     def add(self, part: Scored, nll: torch.Tensor) -> None:
         """Write the predictions of the next tokens, and their negative log-likelihoods."""
@@ -154,6 +158,7 @@ class LogitsWriter:
                 f"{self.path}: {size / 1e9:.1f} GB of predictions to keep, {free / 1e9:.1f} GB free on the disk; name another "
                 "place (--save-logits FILE, or TMPDIR), or score less text (--limit-tokens)"
             )
+        self._lock = Lock(self._partial)
         self._file = ShardFile(self._partial, header_room(pieces))
         for piece in pieces:
             self._at[piece[0]] = self._file.reserve(*piece)

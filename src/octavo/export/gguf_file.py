@@ -38,6 +38,7 @@ from gguf.utility import size_label
 from ..checkpoint import Source, open_source
 from ..checkpoint.skeleton import build_skeleton
 from ..checkpoint.writing.durable import put_in_place
+from ..checkpoint.writing.in_use import Lock
 from .architectures import Architecture, Target, architecture_of
 from .parameters import Parameters
 from .vocabulary import Vocabulary, add_vocabulary
@@ -158,6 +159,14 @@ class _Export:
                 f"the disk is full: {self.total + HEADER_ROOM:,} bytes are needed, {free:,} free",
                 str(self.out),
             )
+        with Lock(partial):
+            vocabulary = self._write(partial)
+        types = Counter(self._type(target).name for target in self.targets)
+        narrow = [t.name for t in self.targets if self.type.name == "Q8_0" and self._type(t).name == "F16"]
+        nbytes = self.out.stat().st_size
+        return ExportResult(self.out, self.arch_name, vocabulary, nbytes, dict(types.most_common()), narrow)
+
+    def _write(self, partial: Path) -> Vocabulary:
         writer = GGUFWriter(partial, self.arch_name)
         try:
             vocabulary = self._describe(writer)
@@ -167,10 +176,7 @@ class _Export:
             writer.close()
             partial.unlink(missing_ok=True)
             raise
-        types = Counter(self._type(target).name for target in self.targets)
-        narrow = [t.name for t in self.targets if self.type.name == "Q8_0" and self._type(t).name == "F16"]
-        nbytes = self.out.stat().st_size
-        return ExportResult(self.out, self.arch_name, vocabulary, nbytes, dict(types.most_common()), narrow)
+        return vocabulary
 
     @property
     def arch_name(self) -> str:

@@ -16,8 +16,6 @@ Example:
     True
 """
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -31,18 +29,16 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
-from ..checkpoint.writing.durable import write_in_place
+from ..checkpoint.writing.in_use import Lock
 from .adapters import add_adapters
 from .card import Origin, card_callback, write_card
 from .curves import write_curve, write_log
 from .data import Example, check_length, collate
 from .folder import (
     ADAPTER,
-    MARKED,
-    OPTIONS_FILE,
     check_space,
+    keep_options,
     mark,
-    marks,
     move_into,
     newest_checkpoint,
     told_of_a_full_disk,
@@ -184,14 +180,17 @@ def finetune_model(
 
     Raises:
         ValueError: if there is nothing to train on, or `resume` meets other options than the run was started
-        with. FileNotFoundError: if `resume` finds no checkpoint.
+        with, or another process trains into `output`. FileNotFoundError: if `resume` finds no checkpoint.
     """
     if not train:
         raise ValueError("nothing to train on: every example is empty, or its prompt fills --max-length")
     check_length(model.config, max(len(example["input_ids"]) for example in (*train, *held_out)))
     output = Path(output)
     checkpoint = newest_checkpoint(output) if resume else None
-    _same_options(recipe, train, held_out, output, checkpoint is not None)
+    output.mkdir(parents=True, exist_ok=True)
+    # Other runs are kept out until this one returns; of its own processes the first does that.
+    held = Lock(output) if int(os.environ.get("RANK", 0)) == 0 else None
+    keep_options(recipe, train, held_out, output, checkpoint is not None)
     if origin is not None:
         # Before the first step: a checkpoint of a run that was killed is asked in the same way.
         origin.prompts.save(output)
@@ -259,6 +258,8 @@ def finetune_model(
     if evaluations:
         outcome.before, outcome.after = evaluations[0], evaluations[-1]
     outcome.held_bytes = held_bytes(model)
+    if held is not None:
+        held.close()
     return outcome
 
 
@@ -295,36 +296,3 @@ def _padding(tokenizer: Any) -> tuple[int | None, int | None]:
 def _evaluated_at(state: Any) -> bool:
     """Whether the log holds an evaluation of the last step."""
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
-
-
-def _digest(examples: list[Example]) -> str:
-    """Stands for the examples, in their order."""
-    return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
-
-
-def _same_options(
-    recipe: Recipe, train: list[Example], held_out: list[Example], output: Path, resume: bool
-) -> None:
-    """Keep the options and a digest of the data beside the checkpoints; on resuming, refuse others: the losses would not be the
-    same run's."""
-    path = output / OPTIONS_FILE
-    # A run that was begun without marks goes on without.
-    marked = marks(output) if resume else True
-    options = {**recipe.to_dict(), "data": _digest(train), "validation": _digest(held_out)}
-    if resume and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = {
-            name: (before[name], value) for name, value in options.items() if before.get(name, value) != value
-        }
-        if other:
-            listed = ", ".join(
-                f"--{n.replace('_', '-')} was {old}, is {new}"
-                if n in recipe.to_dict()
-                else f"--{n} gives other examples"
-                for n, (old, new) in other.items()
-            )
-            raise ValueError(
-                f"--resume: expected the options and the data that the run was started with, found others: {listed}"
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    write_in_place(path, json.dumps({**options, MARKED: marked}, indent=2) + "\n")

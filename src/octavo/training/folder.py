@@ -7,14 +7,20 @@ Example:
 """
 
 import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..checkpoint.writing.durable import sync, sync_all
+from ..checkpoint.writing.durable import sync, sync_all, write_in_place
 from ..checkpoint.writing.output_directory import check_writable
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .data import Example
 
 ADAPTER = "adapter_model.safetensors"
 # What a run was started with; and that its checkpoints are marked once they are on the disk.
@@ -64,6 +70,38 @@ def mark(checkpoint: Path) -> None:
     (checkpoint / MARK).touch()
     sync(checkpoint)
     sync(checkpoint.parent)
+
+
+def _digest(examples: "list[Example]") -> str:
+    """Stands for the examples, in their order."""
+    return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
+
+
+def keep_options(
+    recipe: Recipe, train: "list[Example]", held_out: "list[Example]", output: Path, resume: bool
+) -> None:
+    """Keep the options and a digest of the data beside the checkpoints; on resuming, refuse others: the losses would not be the
+    same run's."""
+    path = output / OPTIONS_FILE
+    # A run that was begun without marks goes on without.
+    marked = marks(output) if resume else True
+    options = {**recipe.to_dict(), "data": _digest(train), "validation": _digest(held_out)}
+    if resume and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = {
+            name: (before[name], value) for name, value in options.items() if before.get(name, value) != value
+        }
+        if other:
+            listed = ", ".join(
+                f"--{n.replace('_', '-')} was {old}, is {new}"
+                if n in recipe.to_dict()
+                else f"--{n} gives other examples"
+                for n, (old, new) in other.items()
+            )
+            raise ValueError(
+                f"--resume: expected the options and the data that the run was started with, found others: {listed}"
+            )
+    write_in_place(path, json.dumps({**options, MARKED: marked}, indent=2) + "\n")
 
 
 def refuse_to_overwrite(output: str | Path) -> None:

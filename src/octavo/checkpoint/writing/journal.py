@@ -24,13 +24,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .durable import sync
+from .in_use import Lock
 
 NAME = "octavo-journal.jsonl"
 VERSION = 1
-
-
-class InUseError(CheckpointError):
-    """Another process writes into the folder."""
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Journal:
     """
 
     path: Path
-    lock: Any = None
+    lock: Lock
     units: dict[int, dict[str, Any]] = field(default_factory=dict)
     whole: set[int] = field(default_factory=set)
     _pending: list[dict[str, Any]] = field(default_factory=list)
@@ -57,10 +54,10 @@ class Journal:
         except FileExistsError:
             # Another process was faster.
             return cls.resume(folder, head)
-        return cls._begin(folder, head, _lock(folder))
+        return cls._begin(folder, head, Lock(folder / NAME))
 
     @classmethod
-    def _begin(cls, folder: Path, head: dict[str, Any], lock: Any) -> "Journal":
+    def _begin(cls, folder: Path, head: dict[str, Any], lock: Lock) -> "Journal":
         journal = cls(folder / NAME, lock)
         journal._append([{"octavo": VERSION, **head}])
         # Its name, and the folder's.
@@ -75,16 +72,15 @@ class Journal:
         Raises:
             CheckpointError: if it was begun from another source or with other options, or cannot be read.
         """
-        lock = _lock(folder)
+        lock = Lock(folder / NAME)
         try:
             return cls._resume(folder, head, lock)
         except CheckpointError:
-            if lock is not None:
-                lock.close()
+            lock.close()
             raise
 
     @classmethod
-    def _resume(cls, folder: Path, head: dict[str, Any], lock: Any) -> "Journal":
+    def _resume(cls, folder: Path, head: dict[str, Any], lock: Lock) -> "Journal":
         lines, length = _read(folder / NAME)
         if not lines and {path.name for path in folder.iterdir()} <= {NAME}:
             # It had just been made when all ended.
@@ -128,8 +124,7 @@ class Journal:
 
     def close(self) -> None:
         """Let other processes in."""
-        if self.lock is not None:
-            self.lock.close()
+        self.lock.close()
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
         if not lines:
@@ -138,21 +133,6 @@ class Journal:
             file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-
-
-def _lock(folder: Path) -> Any:
-    """Keep other processes out of the folder until this one ends. Does nothing where the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    file = (folder / NAME).open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InUseError(f"{folder}: another process is converting into it; wait for it to end") from None
-    return file
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

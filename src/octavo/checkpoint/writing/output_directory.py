@@ -47,11 +47,13 @@ class OutputDirectory:
         asked: the folder as the user named it.
         out: the folder itself: links are followed.
         inside: whether `out` stays where it is and its files are exchanged, because it cannot be renamed.
+        overwrite: whether what is in `out` may be replaced.
     """
 
     asked: Path
     out: Path
     inside: bool = False
+    overwrite: bool = False
 
     @property
     def partial(self) -> Path:
@@ -64,7 +66,12 @@ class OutputDirectory:
         return _nearest(self.out if self.inside else self.out.parent)
 
     def publish(self) -> None:
-        """Give finished work its final name; an old folder of that name goes only once the new one is there."""
+        """Give finished work its final name; an old folder of that name goes only once the new one is there.
+
+        Raises:
+            CheckpointError: if what is in `out` now came while the work was done.
+        """
+        self.check_empty()
         sync_all(self.partial)
         if self.inside:
             self.partial.rename(self.out / FINISHED)
@@ -78,6 +85,13 @@ class OutputDirectory:
         self.partial.rename(self.out)
         sync(self.out.absolute().parent)
         shutil.rmtree(old, ignore_errors=True)
+
+    def check_empty(self) -> None:
+        """Raise CheckpointError if there is something in `out` that may not be replaced."""
+        if self.out.is_dir() and not self.overwrite and {path.name for path in self.out.iterdir()} - NOTHING:
+            raise CheckpointError(
+                f"{self.asked} is not empty; give another folder, or --overwrite to replace it"
+            )
 
     def _exchange(self) -> None:
         """Put what is in OUT/.octavo-finished in place of what is in OUT. Begun again, it goes on."""
@@ -117,12 +131,11 @@ def choose_output_directory(out: Path, source: "Source | Location", overwrite: b
     if real == there or real in there.parents:
         raise CheckpointError(f"{out} holds the source itself; give another folder to write")
     fixed = real.is_dir() and (os.path.ismount(real) or not os.access(real.parent, os.W_OK))
-    directory = OutputDirectory(out, real if out.is_symlink() or fixed else out, fixed)
+    directory = OutputDirectory(out, real if out.is_symlink() or fixed else out, fixed, overwrite)
     check_writable(directory.disk, out)
     if fixed and (real / FINISHED).is_dir():
         directory._exchange()
-    if real.is_dir() and not overwrite and {path.name for path in real.iterdir()} - NOTHING:
-        raise CheckpointError(f"{out} is not empty; give another folder, or --overwrite to replace it")
+    directory.check_empty()
     return directory
 
 

@@ -31,8 +31,9 @@ from ..reading.safetensors_source import DTYPE_NAMES, DTYPES
 from ..reading.source import Source
 from ..units import Unit
 from .calibrator import Calibrator
+from .in_use import InUseError
 from .journal import NAME as JOURNAL_NAME
-from .journal import InUseError, Journal
+from .journal import Journal
 from .output_directory import OutputDirectory, fingerprint
 from .shards import ShardFile, header_room, plan_shards, shard_names
 from .unit_writer import Row, write_unit
@@ -117,9 +118,10 @@ class CheckpointWriter:
             resumed = len(self.journal.units)
             try:
                 rows, nbytes = self._write_all()
+                self.output.publish()
             finally:
+                # No other process may take what is finished for what is left to be done.
                 self.journal.close()
-            self.output.publish()
         except OSError as error:
             if error.errno in FULL_DISK:
                 raise self._full_disk() from error
