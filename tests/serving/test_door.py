@@ -230,3 +230,46 @@ def test_a_stopped_engine_ends_what_waits_for_it():
         last = run(ask(stop))
         assert b"the server is stopping" in last["body"]
         assert last["more_body"] is False
+
+
+def asked_directly(headers: list[tuple[bytes, bytes]], body: bytes) -> list[dict]:
+    """What the door sends for a whole request in one message, after which its client waits and sends nothing."""
+
+    async def ask() -> list[dict]:
+        sent: list[dict] = []
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict:
+            if messages:
+                return messages.pop()
+            await asyncio.sleep(60)
+            raise AssertionError
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+        await asyncio.wait_for(Door(Engine(), LOCAL)(scope, receive, send), 5)
+        return sent
+
+    return run(ask())
+
+
+def test_a_body_that_is_too_large_and_there_is_refused_at_once():
+    """Nothing more comes of it: waiting for the rest took half a minute."""
+    sent = asked_directly([(b"host", b"127.0.0.1")], b" " * (LOCAL.max_body + 1))
+    assert sent[0]["status"] == 413 and json.loads(sent[1]["body"])["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"host", b"[::1")],
+        [(b"host", b"127.0.0.1:8000"), (b"origin", b"http://[")],
+        [(b"host", b"\xe9\x00")],
+        [(b"host", b"127.0.0.1"), (b"host", b"evil.example")],
+    ],
+)
+def test_headers_that_are_no_addresses_are_not_let_in(headers):
+    sent = asked_directly(headers, b"{}")
+    assert sent[0]["status"] == 403 and json.loads(sent[1]["body"])["error"]["code"] == "not_local"

@@ -154,9 +154,12 @@ class Door:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             return hmac.compare_digest(given.encode(), self.settings.api_key.encode())
         # A page of another site may send requests to this machine, also under a name of its own for it.
-        own = is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or "")
         origin = headers.get("origin")
-        return own and (origin is None or urlsplit(origin).netloc == headers.get("host"))
+        try:
+            own = is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or "")
+            return own and (origin is None or urlsplit(origin).netloc == headers.get("host"))
+        except ValueError:  # brackets that do not match
+            return False
 
     async def _turn_away(self, headers: dict[str, str], send: Send) -> None:
         if self.settings.api_key is None:
@@ -173,12 +176,13 @@ class Door:
     async def _generate(self, scope: dict, headers: dict[str, str], receive: Receive, send: Send) -> None:
         limit = self.settings.max_body
         try:
-            body = await asyncio.wait_for(_read(receive, limit), BODY_SECONDS)
+            body, more = await asyncio.wait_for(_read(receive, limit), BODY_SECONDS)
         except asyncio.TimeoutError:
             await refuse(send, 408, f"the request was not complete after {BODY_SECONDS} s", "request_timeout")
             return
         if body is None:
-            await _drop(receive, BODY_SECONDS)
+            if more:
+                await _drop(receive, BODY_SECONDS)
             message = f"a request has at most {limit:,} bytes here (octavo serve --max-body)"
             await refuse(send, 413, message, "request_too_large", {"connection": "close"})
             return
@@ -258,20 +262,21 @@ async def _cancelled(task: asyncio.Future) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def _read(receive: Receive, limit: int) -> bytes | None:
-    """A request's body; None as soon as it is longer than `limit` bytes."""
+async def _read(receive: Receive, limit: int) -> tuple[bytes | None, bool]:
+    """A request's body, or None as soon as it is longer than `limit` bytes; and whether more of it is to come."""
     parts: list[bytes] = []
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b"".join(parts)
+            return b"".join(parts), False
         parts.append(message.get("body", b""))
         size += len(parts[-1])
+        more = message.get("more_body", False)
         if size > limit:
-            return None
-        if not message.get("more_body", False):
-            return b"".join(parts)
+            return None, more
+        if not more:
+            return b"".join(parts), False
 
 
 async def _drop(receive: Receive, seconds: float) -> None:
