@@ -144,3 +144,34 @@ def test_checkpoints_of_runs_without_marks_count_as_before(tmp_path):
     assert (
         newest_checkpoint(tmp_path).name == "checkpoint-3" and not (tmp_path / "checkpoint-3" / MARK).exists()
     )
+
+
+def test_a_checkpoint_is_marked_when_all_is_in_it(tmp_path, monkeypatch):
+    """Also what other callbacks write, as the card does."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    from octavo import demo, load, load_tokenizer
+    from octavo.training import finetune
+    from octavo.training.card import Origin
+    from octavo.training.data import tokenize
+    from octavo.training.prompts import Prompts
+    from octavo.training.recipe import Recipe
+
+    seen = []
+
+    def marked(folder):
+        seen.append(digest(folder))
+        mark(folder)
+
+    monkeypatch.setattr(finetune, "mark", marked)
+    records = [{"text": f"La luna número {n} brilla sobre el mar."} for n in range(8)]
+    tokenizer = load_tokenizer(demo.MODEL)
+    examples = tokenize(records, tokenizer, 32).examples
+    recipe = Recipe(max_steps=2, evaluations=2, batch_size=2, max_length=32)
+    origin = Origin(str(demo.MODEL), ["text.txt"], Prompts.of(records, tokenizer))
+    finetune.finetune_model(
+        load(demo.MODEL, device="cpu"), tokenizer, examples, [], recipe, tmp_path / "out", origin=origin
+    )
+    for step, before in zip((1, 2), seen, strict=True):
+        after = digest(tmp_path / "out" / f"checkpoint-{step}")
+        assert "README.md" in before and {**after, MARK: ""} == {**before, MARK: ""}

@@ -33,6 +33,7 @@ class Command:
         again: what is added when it is run once more after a crash.
         suffix: of the output's name.
         folder: whether its output is a working folder, which is there before it is whole.
+        varies: the end of the names of files that tell how it ran, not what came of it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Command:
     again: str = ""
     suffix: str = ""
     folder: bool = False
+    varies: str = ""
 
     def arguments(self, out: Path, inputs: dict[str, Path], again: bool = False) -> list[str]:
         text = self.line + (f" {self.again}" if again and self.again else "")
@@ -61,6 +63,8 @@ COMMANDS = [
         "finetune {eight} --data {data} --output {out} --max-steps 4 --evaluations 4 --max-length 32 --batch-size 2",
         "--resume",
         folder=True,
+        # Whether it was begun or gone on with.
+        varies="training_args.bin",
     ),
 ]
 

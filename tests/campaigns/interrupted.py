@@ -48,7 +48,11 @@ class Undisturbed:
                 self.bytes = size_of(place)
             times.append(took)
             clear(room)
-        self.same = {name: digest for name, digest in found[0].items() if found[1].get(name) == digest}
+        self.same = {
+            name: digest
+            for name, digest in found[0].items()
+            if found[1].get(name) == digest and not (command.varies and name.endswith(command.varies))
+        }
         self.names = set(found[0])
         self.seconds = min(times)
 

@@ -232,9 +232,10 @@ def finetune_model(
         callbacks=[
             GradientGuard(),
             LossGuard(),
-            _Marks(),
             *([card_callback(origin, recipe)] if origin is not None else []),
             *(callbacks or []),
+            # Behind whatever else writes into a checkpoint.
+            _Marks(),
         ],
     )
     if not arguments.disable_tqdm:
