@@ -226,7 +226,9 @@ def forks(made: Folders, room: Path, rng: random.Random) -> list[str]:
 KINDS = {each.__name__: each for each in (conversions, replaced, loads, threads, forks)}
 
 
-def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple[dict[str, int], list[str]]:
+def campaign(
+    count: int, seed: int, only: str | None = None, seconds: float | None = None, say=print
+) -> tuple[dict[str, int], list[str]]:
     """Returns (kind → cases, faults)."""
     table: Counter = Counter()
     faults = []
@@ -236,7 +238,7 @@ def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple
         for name, kind in KINDS.items():
             if only and only != name:
                 continue
-            for number in range(seed, seed + count):
+            for number in runner.numbers(seed, count, seconds):
                 with tempfile.TemporaryDirectory(dir=folder) as room:
                     found = kind(made, Path(room), random.Random(f"{name} {number}"))
                 table[name] += 1
@@ -251,7 +253,9 @@ def main() -> int:
     parser = runner.parser(__doc__, 2, "cases of each kind")
     parser.add_argument("--only", choices=list(KINDS), help="one kind")
     options = parser.parse_args()
-    return runner.finish(options, *campaign(options.count, options.seed, options.only, runner.say))
+    return runner.finish(
+        options, *campaign(options.count, options.seed, options.only, options.seconds, runner.say)
+    )
 
 
 if __name__ == "__main__":

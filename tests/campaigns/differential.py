@@ -178,11 +178,13 @@ def _gradient(model, ids: torch.Tensor) -> torch.Tensor:
     return embedded.grad
 
 
-def campaign(count: int, seed: int, say=print) -> tuple[dict[str, int], list[str]]:
+def campaign(
+    count: int, seed: int, seconds: float | None = None, say=print
+) -> tuple[dict[str, int], list[str]]:
     """Returns (family → cases, faults)."""
     families: Counter = Counter()
     faults = []
-    for number in range(seed, seed + count):
+    for number in runner.numbers(seed, count, seconds):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 what, found = case(number, Path(folder))
@@ -197,7 +199,7 @@ def campaign(count: int, seed: int, say=print) -> tuple[dict[str, int], list[str
 
 def main() -> int:
     options = runner.parser(__doc__, 30, "cases").parse_args()
-    table, faults = campaign(options.count, options.seed, runner.say)
+    table, faults = campaign(options.count, options.seed, options.seconds, runner.say)
     runner.say(table)
     return runner.finish(options, table, faults)
 

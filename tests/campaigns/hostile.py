@@ -63,7 +63,9 @@ def attempt(source, made: Path, expected: torch.Tensor, seed: int, room: Path, w
     return ("right" if right else "other"), what, ""
 
 
-def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple[dict, list[dict]]:
+def campaign(
+    count: int, seed: int, only: str | None = None, seconds: float | None = None, say=print
+) -> tuple[dict, list[dict]]:
     """Returns (kind of source → verdict → how many, the faults)."""
     torch.set_num_threads(1)
     table: dict[str, Counter] = {}
@@ -85,7 +87,7 @@ def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple
             gc.freeze()
             many, one = runner.Worker(source.use), runner.Worker(source.use, lifetime=1)
             found = table[source.name] = Counter()
-            for number in range(seed, seed + count):
+            for number in runner.numbers(seed, count, seconds):
                 verdict, what, details = attempt(source, made, expected, number, room, many)
                 if verdict.startswith("FAULT"):
                     # Memory and time are told for certain by a process that has done nothing else.
@@ -114,7 +116,9 @@ def main() -> int:
     parser = runner.parser(__doc__, 50, "mutations of each kind")
     parser.add_argument("--only", help="one kind: part of its name")
     options = parser.parse_args()
-    return runner.finish(options, *campaign(options.count, options.seed, options.only, runner.say))
+    return runner.finish(
+        options, *campaign(options.count, options.seed, options.only, options.seconds, runner.say)
+    )
 
 
 if __name__ == "__main__":

@@ -192,14 +192,16 @@ def untold(errors: str) -> str:
     return ""
 
 
-def campaign(what: str, count: int, seed: int, only: str | None = None, say=print) -> tuple[dict, list[str]]:
+def campaign(
+    what: str, count: int, seed: int, only: str | None = None, seconds: float | None = None, say=print
+) -> tuple[dict, list[str]]:
     """Returns (command → cases), faults."""
     table: Counter = Counter()
     faults = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=runner.SCRATCH) as folder:
         inputs = inputs_in(Path(folder))
         for command in COMMANDS:
-            if only and only not in command.name:
+            if only and only != command.name:
                 continue
             room = Path(folder) / "room"
             room.mkdir(exist_ok=True)
@@ -207,10 +209,12 @@ def campaign(what: str, count: int, seed: int, only: str | None = None, say=prin
             words = command.arguments(room / "out", inputs)
             most = peak_of(words) if what in ("memory", "cgroup") else clean.bytes
             clear(room)
-            for number in range(count):
-                share = most * number // count
+            # Of sizes there are so many, evenly spaced, and the seed is the number of the first.
+            left = count if what == "kill" else max(0, count - seed + 1)
+            for number in runner.numbers(seed, left, seconds):
+                share = most * (number - 1) // count
                 if what == "kill":
-                    rng = random.Random(f"{command.name} {seed + number}")
+                    rng = random.Random(f"{command.name} {number}")
                     found = kill(command, clean, inputs, room, rng)
                 elif what == "full":
                     found = full(command, clean, inputs, Path(folder) / "disk", share)
@@ -231,9 +235,9 @@ def campaign(what: str, count: int, seed: int, only: str | None = None, say=prin
 def main() -> int:
     parser = runner.parser(__doc__, 3, "cases of each command")
     parser.add_argument("what", choices=["kill", "full", "memory", "cgroup"])
-    parser.add_argument("--only", help="one command: part of its name")
+    parser.add_argument("--only", choices=[command.name for command in COMMANDS], help="one command")
     options = parser.parse_args()
-    found = campaign(options.what, options.count, options.seed, options.only, runner.say)
+    found = campaign(options.what, options.count, options.seed, options.only, options.seconds, runner.say)
     return runner.finish(options, *found)
 
 

@@ -238,8 +238,10 @@ def put(found: dict[str, bytes | None], room: Path) -> None:
             path.write_bytes(data)
 
 
-def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple[dict, list[str]]:
-    """Returns (command → (steps, cases), the faults)."""
+def campaign(
+    count: int, seed: int, only: str | None = None, seconds: float | None = None, say=print
+) -> tuple[dict, list[str]]:
+    """Returns (command → steps it takes, moments tried, states they left in each way, each once), the faults."""
     table, faults = {}, []
     with tempfile.TemporaryDirectory(dir=runner.SCRATCH) as folder:
         library = compile_recorder(Path(folder))
@@ -247,7 +249,7 @@ def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple
         room = Path(folder).resolve() / "room"
         room.mkdir()
         for command in COMMANDS:
-            if only and only not in command.name:
+            if only and only != command.name:
                 continue
             clean = Undisturbed(command, inputs, room)
             before = {name: digests(path) for name, path in inputs.items()}
@@ -257,10 +259,11 @@ def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple
             if unseen := [name for name in {*seen, *there} if seen.get(name) != there.get(name)]:
                 raise RuntimeError(f"{command.name}: the records do not lead to {unseen[:5]}")
             cases: Counter = Counter()
-            states = set()
-            for number in range(seed, seed + count):
+            states, moments = set(), 0
+            for number in runner.numbers(seed, count, seconds):
                 rng = random.Random(f"{command.name} {number}")
                 step = rng.randrange(len(records) + 1)
+                moments += 1
                 for way in WAYS:
                     left = replayed(records[:step], room).after(way, rng)
                     state = hash(tuple(left.items()))
@@ -274,16 +277,18 @@ def campaign(count: int, seed: int, only: str | None = None, say=print) -> tuple
                         faults.append(f"{command.name}: {fault}")
                         say(faults[-1])
             clear(room)
-            table[command.name] = {"steps": len(records), **cases}
+            table[command.name] = {"steps": len(records), "moments": moments, **cases}
             say(f"{command.name}: {table[command.name]}")
     return table, faults
 
 
 def main() -> int:
     parser = runner.parser(__doc__, 3, "moments of each command, each in four ways")
-    parser.add_argument("--only", help="one command: part of its name")
+    parser.add_argument("--only", choices=[command.name for command in COMMANDS], help="one command")
     options = parser.parse_args()
-    return runner.finish(options, *campaign(options.count, options.seed, options.only, runner.say))
+    return runner.finish(
+        options, *campaign(options.count, options.seed, options.only, options.seconds, runner.say)
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import resource
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -130,8 +130,18 @@ def parser(description: str, count: int | None = None, counted: str = "") -> arg
     if count is not None:
         options.add_argument("--count", type=int, default=count, help=f"{counted}; default: %(default)s")
         options.add_argument("--seed", type=int, default=1, help="number of the first; default: %(default)s")
+        options.add_argument("--seconds", type=float, help="begin no further case after so long")
     options.add_argument("--json", type=Path, help="write the table and the faults here")
     return options
+
+
+def numbers(seed: int, count: int, seconds: float | None = None) -> Iterator[int]:
+    """The numbers of the cases, until they are done or the time is up."""
+    start = time.monotonic()
+    for number in range(seed, seed + count):
+        if seconds is not None and time.monotonic() - start > seconds:
+            return
+        yield number
 
 
 def finish(options: argparse.Namespace, table: dict, faults: list) -> int:

@@ -312,7 +312,9 @@ def greeting(server: Server) -> str:
         return f"no right answer: {wrong or answer[-300:]!r}"
 
 
-def campaign(count: int, seed: int, say=print) -> tuple[dict[str, int], list[str]]:
+def campaign(
+    count: int, seed: int, seconds: float | None = None, say=print
+) -> tuple[dict[str, int], list[str]]:
     """Returns (kind of request → cases, faults)."""
     table: Counter = Counter()
     faults: list[str] = []
@@ -329,7 +331,7 @@ def campaign(count: int, seed: int, say=print) -> tuple[dict[str, int], list[str
             process = psutil.Process(server.process.pid)
             before = (process.memory_info().rss, process.num_fds(), process.num_threads())
             slow: list[socket.socket] = []
-            for number in range(seed, seed + count):
+            for number in runner.numbers(seed, count, seconds):
                 rng = random.Random(f"request {number}")
                 kind = rng.choice(KINDS)
                 case = kind(rng)
@@ -376,7 +378,7 @@ def campaign(count: int, seed: int, say=print) -> tuple[dict[str, int], list[str
 def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     options = runner.parser(__doc__, 50, "requests").parse_args()
-    table, faults = campaign(options.count, options.seed, runner.say)
+    table, faults = campaign(options.count, options.seed, options.seconds, runner.say)
     runner.say(table)
     return runner.finish(options, table, faults)
 
