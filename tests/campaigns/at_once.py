@@ -4,6 +4,8 @@
     python -m tests.campaigns.at_once --count 2
 
     conversions   two commands write into one folder, the second begun at any moment of the first, also with --overwrite
+    writers       the same for one command of merge, export, evaluate --save-logits and finetune, begun twice; where it takes a
+                  model, the second reads another one
     replaced      processes load a folder again and again while a conversion replaces it by another of its model
     loads         ten processes load one folder
     threads       threads generate on one model, each its own prompt
@@ -28,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from . import runner
-from .commands import digests, run, start, status_of, warm
+from .commands import COMMANDS, Command, digests, inputs_in, run, start, status_of
+from .interrupted import Undisturbed, untold
 
 # isort: split
 import torch
@@ -80,6 +83,8 @@ class Folders:
     """A model converted in two ways, with the bytes and the logits of each."""
 
     def __init__(self, room: Path):
+        self.inputs = inputs_in(room)
+        self.alone: dict[str, list[tuple[dict[str, str], float]]] = {}
         self.ways = {"64": "--block-size 64", "32": "--block-size 32"}
         self.at = {name: room / f"alone{name}" for name in self.ways}
         for name, way in self.ways.items():
@@ -115,6 +120,38 @@ def conversions(made: Folders, room: Path, rng: random.Random) -> list[str]:
             f"the folder is none of both: {sorted(found)}, statuses {[status for status, _ in ended]}"
         )
     return faults
+
+
+def writers(made: Folders, room: Path, rng: random.Random) -> list[str]:
+    command = rng.choice(COMMANDS[2:])
+    out = room / "out"
+    inputs = [made.inputs, {**made.inputs, "eight": made.at["32"]}]
+    if command.name not in made.alone:
+        made.alone[command.name] = [_alone(command, each, room) for each in inputs]
+    clean = made.alone[command.name]
+    first = start(command.arguments(out, inputs[0]))
+    time.sleep(rng.uniform(0, 1.1 * clean[0][1]))
+    second = start(command.arguments(out, inputs[1]))
+    ended = [status_of(each, SECONDS) for each in (first, second)]
+    faults = [f"{command.name}: {told}" for status, errors in ended if status and (told := untold(errors))]
+    if not any(status == 0 for status, _ in ended):
+        faults.append(f"{command.name}: both were refused: {[errors[-300:] for _, errors in ended]}")
+    found = digests(command.final(out))
+    if not any(
+        status == 0 and same.items() <= found.items()
+        for (same, _), (status, _) in zip(clean, ended, strict=True)
+    ):
+        statuses = [status for status, _ in ended]
+        faults.append(
+            f"{command.name}: what is written is none of both: {sorted(found)[:5]}, statuses {statuses}"
+        )
+    return faults
+
+
+def _alone(command: Command, inputs: dict[str, Path], room: Path) -> tuple[dict[str, str], float]:
+    """(file → digest, seconds) of a command that nothing disturbs."""
+    clean = Undisturbed(command, inputs, room)
+    return clean.same, clean.seconds
 
 
 def replaced(made: Folders, room: Path, rng: random.Random) -> list[str]:
@@ -223,7 +260,7 @@ def forks(made: Folders, room: Path, rng: random.Random) -> list[str]:
     return [found] if isinstance(found, str) else found
 
 
-KINDS = {each.__name__: each for each in (conversions, replaced, loads, threads, forks)}
+KINDS = {each.__name__: each for each in (conversions, writers, replaced, loads, threads, forks)}
 
 
 def campaign(
@@ -232,7 +269,6 @@ def campaign(
     """Returns (kind → cases, faults)."""
     table: Counter = Counter()
     faults = []
-    warm()
     with tempfile.TemporaryDirectory(dir=runner.SCRATCH) as folder:
         made = Folders(Path(folder))
         for name, kind in KINDS.items():
