@@ -125,7 +125,9 @@ def conversions(made: Folders, room: Path, rng: random.Random) -> list[str]:
 def writers(made: Folders, room: Path, rng: random.Random) -> list[str]:
     command = rng.choice(COMMANDS[2:])
     out = room / "out"
-    inputs = [made.inputs, {**made.inputs, "eight": made.at["32"]}]
+    # An adapter belongs to its model.
+    other = {} if "{adapter}" in command.line else {"eight": made.at["32"]}
+    inputs = [made.inputs, {**made.inputs, **other}]
     if command.name not in made.alone:
         made.alone[command.name] = [_alone(command, each, room) for each in inputs]
     clean = made.alone[command.name]
