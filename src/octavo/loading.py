@@ -84,6 +84,7 @@ def load(
             from .integrations.peft import add_published_adapters
 
             add_published_adapters(model, source.adapters)
+        source.check_unchanged()
     if adapter is not None:
         from .integrations.peft import add_adapter
 

@@ -171,6 +171,7 @@ class _Export:
         try:
             vocabulary = self._describe(writer)
             self._write_tensors(writer)
+            self.source.check_unchanged()
             put_in_place(partial, self.out)
         except BaseException:
             writer.close()

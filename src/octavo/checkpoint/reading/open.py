@@ -27,7 +27,7 @@ from .packed_source import PackedSource
 from .packing import find_packed
 from .published import PublishedSource, is_published
 from .safetensors_source import SafetensorsSource
-from .source import Source, read_config
+from .source import Source, read_config, states_of
 
 
 def open_source(
@@ -53,8 +53,10 @@ def open_source(
             are packed by a method that Octavo does not read.
     """
     location = locate(src, Hub(revision, subfolder, trust_remote_code, hub_options))
+    besides = [location.folder / "config.json", *([location.index] if location.index else [])]
+    seen = states_of([*location.files, *(besides if location.format != "gguf" else ())])
     source = GgufSource(location.files[0]) if location.format == "gguf" else open_files(location)
-    source.trust_remote_code = trust_remote_code
+    source.trust_remote_code, source.seen = trust_remote_code, seen
     return source
 
 

@@ -14,7 +14,7 @@ Example:
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,19 @@ class TensorInfo:
     stored: str = ""
 
 
+def states_of(files: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """Which file lies where, and in what state: file → number, size, time of its last change; nothing of one that is not there."""
+    found = {}
+    for path in files:
+        try:
+            stat = path.stat()
+        except OSError:
+            found[path] = ()
+        else:
+            found[path] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
 class Source:
     """A lazily read checkpoint. Use as a context manager, or call `close`.
 
@@ -72,6 +85,7 @@ class Source:
         adapters: module name → (A, B), low-rank additions stored beside the weights (published checkpoints).
         dropped: names found in the files that are no parameters, and are left out on purpose.
         trust_remote_code: whether code in the folder may be run and comes along; said by who opens it.
+        seen: file → its state (`states_of`) before anything of it was read; said by who opens it.
     """
 
     kind: str
@@ -88,6 +102,19 @@ class Source:
         self.adapters: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.dropped: list[str] = []
         self.trust_remote_code = False
+        self.seen: dict[Path, tuple[int, ...]] = {}
+
+    def check_unchanged(self) -> None:
+        """After the last read: what was read comes from one checkpoint, not from two of which one took the other's place.
+
+        Raises:
+            CheckpointError: if another file is in the place of one that was there at first, or it was written to.
+        """
+        changed = [path for path, state in states_of(self.seen).items() if state != self.seen[path]]
+        if changed:
+            raise CheckpointError(
+                f"{changed[0]} was replaced while it was read; do this again when nothing writes there"
+            )
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -137,6 +137,7 @@ class CheckpointWriter:
             lines = [line for number in range(len(self.shards)) for line in self._write_shard(number)]
             self.progress(self.total, self.total, "")
             nbytes = self._write_aside()
+            self.source.check_unchanged()
         except ValueError:
             # The source itself is at fault: going on would end at the same place.
             shutil.rmtree(self.partial, ignore_errors=True)
