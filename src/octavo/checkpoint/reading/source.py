@@ -57,8 +57,8 @@ class TensorInfo:
 
 
 def states_of(files: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
-    """Which file lies where, and in what state: file → number, size, time of its last change; nothing of one that is not there."""
-    found = {}
+    """Which file lies where, and in what state: file → number, size, time of its last change; nothing of one that is absent."""
+    found: dict[Path, tuple[int, ...]] = {}
     for path in files:
         try:
             stat = path.stat()
