@@ -10,7 +10,7 @@ import pytest
 
 from octavo.checkpoint import CheckpointError, convert
 from octavo.checkpoint.writing import writer
-from octavo.checkpoint.writing.durable import put_in_place, write_in_place
+from octavo.checkpoint.writing.durable import put_in_place, write_json
 from octavo.checkpoint.writing.journal import NAME
 from octavo.training.folder import MARK, MARKED, OPTIONS_FILE, mark, newest_checkpoint, refuse_to_overwrite
 
@@ -47,15 +47,15 @@ def test_bytes_are_synced_before_the_name_and_the_name_after_it(tmp_path, steps)
 
 
 def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_in_place(tmp_path / "a", "old")
+    write_json(tmp_path / "a", "old")
 
     def fails(*_):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="gone"):
-        write_in_place(tmp_path / "a", "new")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
+        write_json(tmp_path / "a", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": '"old"\n'}
 
 
 @pytest.mark.parametrize("left", ["nothing", "an empty journal", "half a line"])

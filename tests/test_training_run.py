@@ -1,7 +1,6 @@
 """Whole runs: the numbers, resuming, Ctrl-C, kill -9, what lands in the folder. Tiny models, 8-bit AdamW."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -311,7 +310,7 @@ def test_curve_and_table_are_written(whole, tmp_path):
     pytest.importorskip("matplotlib")
     from rich.console import Console
 
-    from octavo.training.curves import print_table, write_curve, write_log
+    from octavo.training.curves import print_table, write_curve
 
     _, outcome = whole
     assert write_curve(outcome.history, tmp_path / "loss.png", "a title")
@@ -319,5 +318,3 @@ def test_curve_and_table_are_written(whole, tmp_path):
     console = Console(record=True, width=100, file=io.StringIO())
     print_table(outcome.history, console)
     assert f"{outcome.after['eval_perplexity']:.2f}" in console.export_text()
-    write_log(outcome.history, tmp_path / "training.json")
-    assert json.loads((tmp_path / "training.json").read_text())[0]["eval_loss"] == outcome.before["eval_loss"]

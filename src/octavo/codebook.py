@@ -107,8 +107,8 @@ def dynamic() -> torch.Tensor:
     for exponent in range(exponents):
         fractions = 2**exponent
         edges = torch.linspace(0.1, 1, fractions + 1, dtype=torch.float32)
-        middles = (edges[:-1] + edges[1:]) / 2.0
-        positive.append((10.0 ** (exponent - exponents + 1)) * middles)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        positive.append((10.0 ** (exponent - exponents + 1)) * means)
     values = torch.cat(positive)
     code = torch.cat([values, -values, torch.tensor([0.0, 1.0])])
     return code.sort().values
@@ -339,7 +339,7 @@ class _Lines:
         base = self.base[:, None] + self.moves[:, 0] * self.step
         slope = self.slope[:, None] + self.moves[:, 1]
         entries = base[..., None] + slope[..., None] * np.arange(RUN)  # [16, moves, 16]
-        code = (self.base[:, None] + self.slope[:, None] * np.arange(RUN)).ravel()
+        code = self.code() * self.scale
         # Entries beyond the ends, so far away that nothing is nearest to them.
         padded = np.concatenate([[-9 * self.scale, -5 * self.scale], code, [5 * self.scale, 9 * self.scale]])
         left, right = padded[1:-2:RUN][:RUN], padded[RUN + 2 :: RUN][:RUN]
@@ -349,36 +349,24 @@ class _Lines:
         )
         allowed &= (base < self.scale) | (self.step == 1)
         allowed[self.first] &= self.moves[:, 0] == 0
-        around = (*entries.shape[:2], 1)
-        wide = np.concatenate(
-            [
-                np.broadcast_to(left[:, None, None], around),
-                entries,
-                np.broadcast_to(right[:, None, None], around),
-            ],
-            axis=2,
-        )
         outer = padded[0:-3:RUN][:RUN], padded[RUN + 3 :: RUN][:RUN]
-        now = np.concatenate([left[:, None], code.reshape(RUN, RUN), right[:, None]], axis=1)
-        before = self._error_within(now[:, None], *outer)
-        gains = self._error_within(wide, *outer) - before
+        before = self._error_within(_between(left, code.reshape(RUN, 1, RUN), right), *outer)
+        gains = self._error_within(_between(left, entries, right), *outer) - before
         return np.where(allowed, gains, np.inf)
 
     def _error_within(self, entries: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Error of the cells of `entries` [16, moves, 18] whose outer neighbours are `left`, `right` [16]."""
-        ends = (*entries.shape[:2], 1)
-        whole = np.concatenate(
-            [
-                np.broadcast_to(left[:, None, None], ends),
-                entries,
-                np.broadcast_to(right[:, None, None], ends),
-            ],
-            axis=2,
-        )
+        whole = _between(left, entries, right)
         edges = self.histogram.below((whole[..., :-1] + whole[..., 1:]) / (2 * self.scale))
         mass, moment = (
-            np.diff(self.histogram.total[edges], axis=-1),
-            np.diff(self.histogram.moment[edges], axis=-1),
+            np.diff(sums[edges], axis=-1) for sums in (self.histogram.total, self.histogram.moment)
         )
         code = entries / self.scale
         return ((mass * code - 2 * moment) * code).sum(-1)
+
+
+def _between(left: np.ndarray, entries: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """`entries` [16, moves, n] with the neighbours `left`, `right` [16] around them: [16, moves, n + 2]."""
+    shape = (*entries.shape[:2], 1)
+    around = (np.broadcast_to(side[:, None, None], shape) for side in (left, right))
+    return np.concatenate([next(around), entries, next(around)], axis=2)

@@ -18,16 +18,10 @@ from typing import Any
 import torch
 
 from .config import OctavoConfig
+from .wording import few, one_line
 
 # Files of which a tokenizer has at least one.
-VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.*",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "tokenizer_config.json",
-)
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json", "tokenizer_config.json")
 
 
 def load(
@@ -62,17 +56,14 @@ def load(
     """
     from .checkpoint import open_source
 
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: this torch finds no GPU; leave `device` out to use the CPU")
+    device = device_named(device)
     with open_source(src, revision=revision) as source:
         if config is not None and source.eight_bit:
             raise ValueError(f"{src} is quantized already: `config` cannot change how; leave it out")
-        asked = dtype_named(dtype)
-        if asked is None:
-            asked = compute_dtype(source.dtype, device)
+        asked = dtype_named(dtype) or compute_dtype(source.dtype, device)
         if source.native:
-            model = _load_pretrained(source, asked, device, config or OctavoConfig())
+            options = {} if source.eight_bit else {"quantization_config": config or OctavoConfig()}
+            model = from_pretrained(source, asked, device, **options)
         else:
             from .checkpoint.build import build_model
 
@@ -112,9 +103,7 @@ def load_tokenizer(src: str | Path, *, revision: str | None = None) -> Any:
         try:
             return AutoTokenizer.from_pretrained(str(source.folder), **options)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{src}: transformers cannot read its tokenizer: {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"{src}: transformers cannot read its tokenizer: {one_line(error)}") from error
 
 
 def compute_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
@@ -142,10 +131,12 @@ def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _load_pretrained(source: Any, dtype: torch.dtype, device: torch.device, config: OctavoConfig) -> Any:
-    """Through transformers' own `from_pretrained`, which calls our plugin."""
-    options = {} if source.eight_bit else {"quantization_config": config}
-    return from_pretrained(source, dtype, device, **options)
+def device_named(device: torch.device | str | None) -> torch.device:
+    """The device asked for; of None a GPU if there is one, else the CPU. Raises ValueError for a GPU that is not there."""
+    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {found}: this torch finds no GPU; leave it out to use the CPU")
+    return found
 
 
 def from_pretrained(source: Any, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
@@ -158,7 +149,7 @@ def from_pretrained(source: Any, dtype: torch.dtype, device: torch.device, **opt
         octavo.checkpoint.CheckpointError: if transformers cannot load it, or the files lack parameters of the model, of which
             transformers would make random numbers.
     """
-    from .checkpoint.errors import CheckpointError, library_errors, one_line, out_of_memory
+    from .checkpoint.errors import CheckpointError, library_errors, out_of_memory
     from .checkpoint.skeleton import model_class_of
 
     # The class alone would read config.json as its own configuration: EXAONE's, whose class is Llama's, as Llama's.
@@ -181,8 +172,7 @@ def from_pretrained(source: Any, dtype: torch.dtype, device: torch.device, **opt
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])
         raise CheckpointError(
-            f"{source.folder}: {len(names)} parameters of {model_class.__name__} are in none of its files: "
-            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; download it again, or load it by transformers' own "
-            f"from_pretrained, which makes them anew"
+            f"{source.folder}: {len(names)} parameters of {model_class.__name__} are in none of its files: {few(names)}; download "
+            "it again, or load it by transformers' own from_pretrained, which makes them anew"
         )
     return model

@@ -82,6 +82,10 @@ class Entry:
     transposed: bool
     aliases: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
 
 @dataclass
 class Plan:
@@ -100,9 +104,9 @@ class Plan:
     other: dict[str, str] = field(default_factory=dict)
 
     @property
-    def names(self) -> set[str]:
-        """Every name, aliases included, under which a quantized parameter is known."""
-        return {name for entry in self.entries.values() for name in (entry.name, *entry.aliases)}
+    def named(self) -> dict[str, Entry]:
+        """Quantized parameters by every name, aliases included, under which they are known."""
+        return {name: entry for entry in self.entries.values() for name in entry.names}
 
     @property
     def coverage(self) -> float:
@@ -234,12 +238,17 @@ def holds_transpose(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" or bool(getattr(module, "is_transposed", False))
 
 
+def loaded_parameter(weight: OctavoTensor) -> nn.Parameter:
+    """A parameter that transformers does not initialize anew."""
+    parameter: Any = nn.Parameter(weight, requires_grad=False)
+    parameter._is_hf_initialized = True
+    return parameter
+
+
 def set_parameter(model: nn.Module, entry: Entry, weight: OctavoTensor) -> None:
     """Put one quantized weight in place of a parameter, under all its names."""
-    parameter: Any = nn.Parameter(weight, requires_grad=False)
-    # transformers would otherwise initialize it anew.
-    parameter._is_hf_initialized = True
-    for name in (entry.name, *entry.aliases):
+    parameter = loaded_parameter(weight)
+    for name in entry.names:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, parameter)
 

@@ -36,6 +36,12 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 WINDOWS_ONLY = re.compile(b"[\x80-\x9f]")
 
 
+def is_file(source: str, endings: tuple[str, ...] = (".txt", ".md", ".rst")) -> bool:
+    """Whether what a user named is a file, found or not: a file that is there, or a name that is no data set's on the hub."""
+    path = Path(source).expanduser()
+    return path.exists() or path.suffix.lower() in endings or path.is_absolute() or source.count("/") > 1
+
+
 def read_text(path: str | Path, option: str) -> str:
     """The contents of a text file.
 
@@ -127,14 +133,9 @@ def _decoded(data: bytes, encoding: str, named: str, path: str | Path | None) ->
 
 def _utf16_of(data: bytes, named: str) -> str:
     """Which UTF-16 bytes without a mark are in, by their spaces and line ends; no other text has NUL bytes."""
-    spaces = {
-        "utf-16-le": sum(
-            data[at : at + 2] in (b" \0", b"\n\0") for at in range(0, min(len(data), 1 << 16), 2)
-        ),
-        "utf-16-be": sum(
-            data[at : at + 2] in (b"\0 ", b"\0\n") for at in range(0, min(len(data), 1 << 16), 2)
-        ),
-    }
+    pairs = [data[at : at + 2] for at in range(0, min(len(data), 1 << 16), 2)]
+    spaces = {"utf-16-le": sum(pair in (b" \0", b"\n\0") for pair in pairs)}
+    spaces["utf-16-be"] = sum(pair in (b"\0 ", b"\0\n") for pair in pairs)
     found = max(spaces, key=lambda name: spaces[name])
     if len(data) % 2 or not spaces[found]:
         # One word without a space: by the zero halves of its letters.

@@ -54,14 +54,14 @@ def recode(weight: torch.Tensor, plain: Packed, gram: torch.Tensor, damping: flo
     scale = expand_scales(plain.absmax, plain.block_size, columns).T[order]
     work = weight.detach().T[order].to(torch.float32).contiguous()
     codes = torch.empty_like(work, dtype=torch.uint8)
-    middles = (plain.code[:-1] + plain.code[1:]) * 0.5
+    boundaries = (plain.code[:-1] + plain.code[1:]) * 0.5
     for start in range(0, columns, BATCH):
         stop = min(start + BATCH, columns)
         errors = work.new_empty(stop - start, rows)
         for i in range(start, stop):
             # A block of zeros has scale 0, and any code stands for 0 in it.
             value = torch.where(scale[i] > 0, work[i] / scale[i], 0.0)
-            index = torch.searchsorted(middles, value)
+            index = torch.searchsorted(boundaries, value)
             codes[i] = index.to(torch.uint8)
             error = (work[i] - plain.code[index] * scale[i]) / factor[i, i]
             work[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)

@@ -11,18 +11,8 @@ Example:
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, converted or written.
 
-    Its message is one line for a person: it names the file or tensor, says what was expected and found, and
-        what to do.
+    Its message is one line for a person: it names the file or tensor, says what was expected and found, and what to do.
     """
-
-
-LONGEST_REASON = 300
-
-
-def one_line(error: BaseException) -> str:
-    """What another library's error says, on one line of at most some LONGEST_REASON characters."""
-    text = " ".join(str(error).split())
-    return f"{text[:LONGEST_REASON]} ..." if len(text) > LONGEST_REASON else text or type(error).__name__
 
 
 def library_errors() -> tuple[type[Exception], ...]:

@@ -11,7 +11,8 @@ Example:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,9 @@ class Report:
 
     @property
     def error(self) -> float | None:
-        """Pooled relative squared error of the quantized weights."""
+        """Pooled relative squared error of the quantized weights; None if they were not compared."""
         compared = [item for item in self.quantized if item.error is not None]
-        power = sum(item.power for item in compared)
-        if not compared:
-            return None
-        return sum(item.error * item.power for item in compared if item.error) / power if power else 0.0
+        return pooled(compared) if compared else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
@@ -128,6 +126,13 @@ class Report:
         }
         rows = [{**asdict(item), "bits": item.bits} for item in self.items]
         return {**summary, "parameters": rows}
+
+
+def pooled(items: Iterable[Item]) -> float:
+    """Σ(w - ŵ)² / Σw² over some parameters together."""
+    items = list(items)
+    power = sum(item.power for item in items)
+    return sum((item.error or 0.0) * item.power for item in items) / power if power else 0.0
 
 
 def report(model: str | Path, against: str | Path | None = None) -> Report:
@@ -161,12 +166,9 @@ def _items(source: Source) -> list[Item]:
             scales = str(source.scale_type(name)).removeprefix("torch.")
             items.append(Item(name, info.shape, "8-bit", info.nbytes, source.quantized[name], scales))
         else:
-            items.append(_float_item(info))
+            kind = info.stored or str(info.dtype).removeprefix("torch.")
+            items.append(Item(name, info.shape, kind, info.nbytes))
     return items
-
-
-def _float_item(info: Any) -> Item:
-    return Item(info.name, info.shape, info.stored or str(info.dtype).removeprefix("torch."), info.nbytes)
 
 
 def _add_coverage(found: Report, source: Source, skeleton: Any) -> None:
@@ -176,7 +178,7 @@ def _add_coverage(found: Report, source: Source, skeleton: Any) -> None:
     for entry in plan.entries.values():
         weights = math.prod(entry.shape)
         total += weights
-        if stored & {entry.name, *entry.aliases}:
+        if stored & set(entry.names):
             done += weights
         else:
             found.left[entry.name] = "not quantized"
@@ -199,22 +201,44 @@ def _compare(found: Report, source: Source, other: Source, skeleton: Any) -> Non
     """Fill in the errors of quantized parameters against another checkpoint of the model."""
     if isinstance(other, OctavoSource):
         raise CheckpointError(f"{other.folder} is quantized too; compare with the original checkpoint")
-    plan = plan_model(skeleton, source.own_config(OctavoConfig()))
-    entries = {name: entry for entry in plan.entries.values() for name in (entry.name, *entry.aliases)}
-    groups = {name: group for group in map_names(skeleton, other).groups for name in group.outputs}
+    originals = Originals(other, skeleton, source.own_config(OctavoConfig()))
     for item in found.quantized:
-        entry = entries.get(item.name)
-        aliases = (entry.name, *entry.aliases) if entry else (item.name,)
-        alias = next((alias for alias in aliases if alias in groups), None)
+        with originals.weight(item.name) as weight:
+            _compare_item(item, weight, source)
+
+
+class Originals:
+    """The weights that quantized ones were made from, in another checkpoint of the model.
+
+    Args:
+        other: that checkpoint.
+        skeleton: the model, on the meta device.
+        config: how it is quantized.
+    """
+
+    def __init__(self, other: Source, skeleton: Any, config: OctavoConfig):
+        self.other, self.skeleton = other, skeleton
+        self.entries = plan_model(skeleton, config, strict=False).named
+        self.groups = {name: group for group in map_names(skeleton, other).groups for name in group.outputs}
+
+    @contextmanager
+    def weight(self, name: str) -> Iterator[torch.Tensor]:
+        """The weight of a name in the model, rows being outputs; its memory is given back afterwards.
+
+        Raises:
+            CheckpointError: if the checkpoint does not have it.
+        """
+        entry = self.entries.get(name)
+        alias = next((each for each in (entry.names if entry else (name,)) if each in self.groups), None)
         if alias is None:
             raise CheckpointError(
-                f"{other.folder} has no {item.name}; expected a checkpoint of the same model"
+                f"{self.other.folder} has no {name}; expected a checkpoint of the same model"
             )
-        group = groups[alias]
-        weight = group.realize(skeleton, other.read)[alias]
-        _compare_item(item, weight.mT if entry and entry.transposed else weight, source)
-        for name in group.source_names:
-            other.release(name)
+        group = self.groups[alias]
+        weight = group.realize(self.skeleton, self.other.read)[alias]
+        yield weight.mT if entry and entry.transposed else weight
+        for stored in group.source_names:
+            self.other.release(stored)
 
 
 def _compare_item(item: Item, weight: torch.Tensor, source: Source) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..model import holds_transpose
+from ..wording import few
 from .errors import CheckpointError
 from .reading.source import Source
 
@@ -63,7 +64,7 @@ class Group:
             made = converter.convert(self.first, model=model, config=model.config)
         except (RuntimeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise CheckpointError(
-                f"{self.first}: {', '.join(self.source_names[:3])}, ... do not combine into it: {error}"
+                f"{self.first}: {few(self.source_names)} do not combine into it: {error}"
             ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

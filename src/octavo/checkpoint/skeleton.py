@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError, library_errors, one_line
+from ..wording import one_line
+from .errors import CheckpointError, library_errors
 
 
 def model_class_of(config: Any) -> Any:
@@ -33,8 +34,7 @@ def model_class_of(config: Any) -> Any:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if model_class is None:
         raise CheckpointError(
-            f"config.json: architectures {names}: this transformers ({transformers.__version__}) has no such "
-            "model; "
+            f"config.json: architectures {names}: this transformers ({transformers.__version__}) has no such model; "
             "`pip install -U transformers`"
         )
     return model_class

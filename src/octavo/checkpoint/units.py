@@ -22,6 +22,7 @@ import torch
 from ..config import OctavoConfig
 from ..model import Entry, Plan
 from ..quantizer import SHORTEST_REPEATED_BLOCK
+from ..wording import few
 from .errors import CheckpointError
 from .names import Group, map_names, stored_names
 from .reading.source import Source
@@ -150,8 +151,7 @@ def plan_units(
     canonical = _canonical_names(tied, made, names.groups, source, model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_missing(model, parameters, {canonical.get(name, name) for name in made}, tied, source)
-    entries = {name: entry for entry in plan.entries.values() for name in (entry.name, *entry.aliases)}
-    units = []
+    entries, units = plan.named, []
     for group in names.groups:
         unit = Unit(group, source_bytes=sum(source.tensors[name].nbytes for name in group.source_names))
         for name, shape in group.outputs.items():
@@ -237,9 +237,6 @@ def _check_missing(
     ]
     if missing:
         raise CheckpointError(
-            f"{source.folder}: {len(missing)} of the {len(parameters)} parameters of a "
-            f"{type(model).__name__} are not in the "
-            f"checkpoint: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; config.json belongs "
-            "to another model, "
-            "or files are missing"
+            f"{source.folder}: {len(missing)} of the {len(parameters)} parameters of a {type(model).__name__} are not in the "
+            f"checkpoint: {few(missing)}; config.json belongs to another model, or files are missing"
         )

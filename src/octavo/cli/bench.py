@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson, Device, DtypeName
+from .options import AsJson, Device, DtypeName, integer
 
 
 def bench(
@@ -22,13 +22,9 @@ def bench(
         DtypeName | None,
         typer.Option(help="Type to compute in. Default: the model's own, where the device is good at it."),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Of the CPU. Default: one a core.", min=1)
-    ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode one by one.", min=1)] = 32,
-    prefill: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of the prompt that is read in one pass.", min=1)
-    ] = 256,
+    threads: Annotated[int | None, integer(help="Of the CPU. Default: one a core.", min=1)] = None,
+    tokens: Annotated[int, integer(help="Tokens to decode one by one.", min=1)] = 32,
+    prefill: Annotated[int, integer(help="Tokens of the prompt that is read in one pass.", min=1)] = 256,
     quick: Annotated[
         bool, typer.Option("--quick", help="One matrix, two rounds, no second float type.")
     ] = False,

@@ -99,14 +99,8 @@ def check_against(against: str | None) -> None:
 
 def check_texts(texts: list[str]) -> None:
     """Raise ValueError or OSError if a file of texts is not there, is empty or is no text. Data sets are asked for later."""
-    from octavo.text_files import read_text
+    from octavo.text_files import is_file, read_text
 
     for text in texts:
-        path = Path(text).expanduser()
-        if path.exists() or is_file_name(text):
+        if is_file(text):
             read_text(text, "--text")
-
-
-def is_file_name(text: str) -> bool:
-    path = Path(text).expanduser()
-    return path.suffix.lower() in (".txt", ".md", ".rst") or path.is_absolute() or text.count("/") > 1

@@ -5,17 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import (
-    AsJson,
-    BatchSize,
-    Device,
-    DtypeName,
-    FloatModel,
-    LimitTokens,
-    Stride,
-    Texts,
-    Window,
-)
+from .options import AsJson, BatchSize, Device, DtypeName, LimitTokens, Stride, Texts, Window, named
 
 # Those of `octavo.evaluation.formats`, which is not imported for `--help` (tests hold them together).
 USUAL = "published,fitted-4096,fitted-128,fitted-64,fitted-32,int8-row,q8_0,bfloat16"
@@ -26,7 +16,13 @@ FORMAT = (
 
 
 def compare(
-    model: FloatModel,
+    model: Annotated[
+        str,
+        named(
+            "MODEL",
+            "The model in float: a folder, a file or a Hugging Face id; a GGUF file is de-quantized first.",
+        ),
+    ],
     text: Texts,
     formats: Annotated[
         str,
@@ -118,14 +114,12 @@ def check_formats(formats: str) -> list[str]:
 
 
 def _write(found: Any, output: Path) -> None:
-    import json
-
-    from octavo.checkpoint.writing.durable import write_in_place
+    from octavo.checkpoint.writing.durable import write_json
     from octavo.evaluation.compare_plot import draw
 
     figures = found.to_dict()
     output.mkdir(parents=True, exist_ok=True)
-    write_in_place(output / "compare.json", json.dumps(figures, indent=2) + "\n")
+    write_json(output / "compare.json", figures)
     draw(figures, output / "compare.png")
 
 

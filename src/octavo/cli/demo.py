@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import integer
+
 
 def demo(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder to write the 8-bit model to; replaced if it is there.")
     ] = Path("demo-output/model-8bit"),
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the sampled text.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Length of the text.", min=1)] = 80,
+    seed: Annotated[int, integer(help="Of the sampled text.")] = 1,
+    max_new_tokens: Annotated[int, integer(help="Length of the text.", min=1)] = 80,
     finetune: Annotated[
         bool,
         typer.Option("--finetune/--no-finetune", help="Also fine-tune the 8-bit model, for about a minute."),
@@ -146,9 +148,7 @@ def _write(console: Any, out: Path, prompt: str, seed: int, max_new_tokens: int)
     )
     console.print("\n")
     say(
-        console,
-        f"{made.tokens} tokens, {made.tokens_per_second:.0f} tokens/s on {model.device}",
-        style="dim",
+        console, f"{made.tokens} tokens, {made.tokens_per_second:.0f} tokens/s on {model.device}", style="dim"
     )
 
 
@@ -194,8 +194,7 @@ def _finetune(console: Any, out: Path, text: Path) -> None:
     numbers = ", ".join(map(str, result.held_out))
     say(console, f"Held out: chapters {numbers} of {result.chapters}; {result.after.protocol}.")
     say(
-        console,
-        f"Of their {result.verses} verses {result.repeated} occur word for word in what was learned.",
+        console, f"Of their {result.verses} verses {result.repeated} occur word for word in what was learned."
     )
     same = "unchanged, byte for byte" if result.frozen_unchanged else "CHANGED: please report this"
     curve = ", with its loss curve, loss.png" if (adapter / "loss.png").exists() else ""

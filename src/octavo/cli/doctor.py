@@ -8,9 +8,7 @@ import typer
 from .options import AsJson
 
 
-def doctor(
-    as_json: AsJson = False,
-) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Print versions, devices, the active kernels, and why. Attach it to a bug report."""
     import json
 

@@ -13,15 +13,23 @@ from .options import (
     Device,
     Dtype,
     LimitTokens,
-    MeasuredModel,
     Stride,
     Texts,
     Window,
+    integer,
+    named,
 )
 
 
 def evaluate(
-    model: MeasuredModel,
+    model: Annotated[
+        str,
+        named(
+            "MODEL",
+            "A folder, a file or a Hugging Face id; anything `octavo.load` takes. It is measured as it is: a plain model plain, "
+            "in its own type.",
+        ),
+    ],
     text: Texts,
     against: Annotated[
         str | None,
@@ -49,7 +57,7 @@ def evaluate(
     limit_tokens: LimitTokens = None,
     dtype: Dtype = None,
     device: Device = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the resampling for intervals and p-value.")] = 0,
+    seed: Annotated[int, integer(help="Of the resampling for intervals and p-value.")] = 0,
     report: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write a page with plots there: index.html, and the plots as PNG."),
@@ -171,10 +179,7 @@ def _show(found: Any) -> None:
         facts += [
             ("base", f"{comparison.against}, in {comparison.base_dtype}"),
             ("  perplexity", f"{comparison.base.perplexity:.4f}"),
-            (
-                "perplexity ÷ base's",
-                f"{math.exp(difference.mean):.6f}{between(exp_interval(difference), 6)}",
-            ),
+            ("perplexity ÷ base's", f"{math.exp(difference.mean):.6f}{between(exp_interval(difference), 6)}"),
             ("  change", percent(difference.mean)),
         ]
         if difference.p_value is not None:

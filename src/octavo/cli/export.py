@@ -5,17 +5,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Overwrite, not_blank
+from .options import Overwrite, named
 
 
 def export(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            callback=not_blank,
-            help="The model: a folder, a file or a Hugging Face id; quantized by Octavo, plain, or published in 8 bits.",
-            show_default=False,
+        named(
+            "MODEL",
+            "The model: a folder, a file or a Hugging Face id; quantized by Octavo, plain, or published in 8 bits.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.", show_default=False)],
@@ -59,6 +57,7 @@ def export(
     check_model(model)
 
     from octavo.export import export_gguf
+    from octavo.wording import few
 
     messages = terminal(stderr=True)
     with warnings_as_lines(messages), bytes_progress(messages) as progress:
@@ -71,9 +70,7 @@ def export(
         f"{result.vocabulary.tokens:,} tokens, pre-tokenizer {result.vocabulary.pre}",
     )
     if result.narrow:
-        more = ", ..." if len(result.narrow) > 3 else ""
         say(
             console,
-            f"{len(result.narrow)} matrices are in F16: their rows are no multiple of Q8_0's 32 "
-            f"({', '.join(result.narrow[:3])}{more})",
+            f"{len(result.narrow)} matrices are in F16: their rows are no multiple of Q8_0's 32 ({few(result.narrow)})",
         )

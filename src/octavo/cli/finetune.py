@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import DtypeName, Model
+from .options import DtypeName, Model, integer, number
 
 
 def finetune(
@@ -18,16 +18,14 @@ def finetune(
         ),
     ],
     output: Annotated[
-        str,
-        typer.Option(metavar="DIR", help="Folder for the adapter, the checkpoints and the loss curve."),
+        str, typer.Option(metavar="DIR", help="Folder for the adapter, the checkpoints and the loss curve.")
     ],
     validation: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE|ID", help="Files to measure on. Default: a part of --data."),
     ] = None,
     validation_split: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Share of --data to set aside and measure on. Default: 0.05."),
+        float | None, number(help="Share of --data to set aside and measure on. Default: 0.05.")
     ] = None,
     preset: Annotated[
         Literal["model-card"] | None,
@@ -39,46 +37,35 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a stopped run, from its last checkpoint.")
     ] = False,
-    epochs: Annotated[
-        float | None, typer.Option(metavar="X", help="How often to go through the data. Default: 1.")
-    ] = None,
+    epochs: Annotated[float | None, number(help="How often to go through the data. Default: 1.")] = None,
     max_steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop after this many steps; --epochs is then ignored.")
+        int | None, integer(help="Stop after this many steps; --epochs is then ignored.")
     ] = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Examples at once, on each device. Memory grows with it. Default: 4."),
+        int | None, integer(help="Examples at once, on each device. Memory grows with it. Default: 4.")
     ] = None,
     gradient_accumulation: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Batches that make one step: a larger batch for no memory. Default: 1."
-        ),
+        int | None, integer(help="Batches that make one step: a larger batch for no memory. Default: 1.")
     ] = None,
     learning_rate: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Size of the steps. Too large: the loss jumps about. Default: 2e-4."),
+        float | None, number(help="Size of the steps. Too large: the loss jumps about. Default: 2e-4.")
     ] = None,
     schedule: Annotated[
         Literal["cosine", "linear", "constant"] | None,
         typer.Option(help="How the learning rate falls. Default: cosine."),
     ] = None,
     warmup: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Share of the steps in which the learning rate rises. Default: 0.03."),
+        float | None, number(help="Share of the steps in which the learning rate rises. Default: 0.03.")
     ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(metavar="X", help="Pull of the adapters towards 0. Default: 0.")
-    ] = None,
+    weight_decay: Annotated[float | None, number(help="Pull of the adapters towards 0. Default: 0.")] = None,
     optimizer: Annotated[
         Literal["adamw_8bit", "adamw"] | None,
         typer.Option(help="adamw_8bit: bitsandbytes' AdamW, a quarter of the memory. Default: adamw_8bit."),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Longest example in tokens; texts are cut into pieces of this. Memory grows with it. Default: 512.",
+        integer(
+            help="Longest example in tokens; texts are cut into pieces of this. Memory grows with it. Default: 512."
         ),
     ] = None,
     packing: Annotated[
@@ -88,19 +75,13 @@ def finetune(
         ),
     ] = None,
     lora_r: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Rank of the adapters: how much they can learn. Default: 16."),
+        int | None, integer(help="Rank of the adapters: how much they can learn. Default: 16.")
     ] = None,
     lora_alpha: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Strength of the adapters: what they add is multiplied by alpha / rank. Default: 32.",
-        ),
+        integer(help="Strength of the adapters: what they add is multiplied by alpha / rank. Default: 32."),
     ] = None,
-    lora_dropout: Annotated[
-        float | None, typer.Option(metavar="X", help="Against learning by heart. Default: 0.05.")
-    ] = None,
+    lora_dropout: Annotated[float | None, number(help="Against learning by heart. Default: 0.05.")] = None,
     lora_targets: Annotated[
         str | None,
         typer.Option(
@@ -131,12 +112,9 @@ def finetune(
         ),
     ] = None,
     evaluations: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="How often to measure and save during the run. Default: 5."),
+        int | None, integer(help="How often to measure and save during the run. Default: 5.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="The same seed gives the same run. Default: 0.")
-    ] = None,
+    seed: Annotated[int | None, integer(help="The same seed gives the same run. Default: 0.")] = None,
     dtype: Annotated[
         DtypeName | None, typer.Option(help="Type to compute in. Default: what the device does best.")
     ] = None,

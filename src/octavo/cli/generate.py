@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Adapter, Device, Dtype, Model
+from .options import Adapter, Device, Dtype, Model, integer, number
 
 
 def generate(
@@ -18,25 +18,14 @@ def generate(
             show_default=False,
         ),
     ],
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Stop after this many tokens.", min=1)
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option(metavar="X", help="Above 1 bolder, below 1 safer.", min=0.0)
-    ] = 0.8,
+    max_new_tokens: Annotated[int, integer(help="Stop after this many tokens.", min=1)] = 128,
+    temperature: Annotated[float, number(help="Above 1 bolder, below 1 safer.", min=0.0)] = 0.8,
     top_p: Annotated[
-        float,
-        typer.Option(
-            metavar="X", help="Sample from the likeliest tokens that add up to this.", min=0.0, max=1.0
-        ),
+        float, number(help="Sample from the likeliest tokens that add up to this.", min=0.0, max=1.0)
     ] = 0.95,
-    top_k: Annotated[
-        int, typer.Option(metavar="N", help="Sample from this many likeliest tokens; 0: from all.", min=0)
-    ] = 0,
-    repetition_penalty: Annotated[
-        float, typer.Option(metavar="X", help="Above 1 discourages repetition.", min=0.01)
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes the sampling repeatable.")] = None,
+    top_k: Annotated[int, integer(help="Sample from this many likeliest tokens; 0: from all.", min=0)] = 0,
+    repetition_penalty: Annotated[float, number(help="Above 1 discourages repetition.", min=0.01)] = 1.0,
+    seed: Annotated[int | None, integer(help="Makes the sampling repeatable.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     chat: Annotated[
         bool | None,

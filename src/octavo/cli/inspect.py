@@ -5,17 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import not_blank
+from .options import named
 
 
 def inspect(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder, a file or a Hugging Face id: in Octavo's format, published 8-bit, plain, or GGUF.",
-            show_default=False,
-            callback=not_blank,
+        named(
+            "MODEL",
+            "A folder, a file or a Hugging Face id: in Octavo's format, published 8-bit, plain, or GGUF.",
         ),
     ],
     against: Annotated[
@@ -58,6 +56,8 @@ def inspect(
 def _show(found: Any) -> None:
     import shlex
 
+    from octavo.checkpoint.inspection import pooled
+
     from .terminal import say, say_command, show_table, terminal
 
     out = terminal()
@@ -84,9 +84,8 @@ def _show(found: Any) -> None:
         ]
         if found.against:
             compared = [item for item in items if item.error is not None]
-            power = sum(item.power for item in compared)
-            pooled = sum(item.error * item.power for item in compared) / power if power else 0.0
-            row += [f"{pooled:.2e}", f"{max(i.error for i in compared):.2e}"] if compared else ["", ""]
+            worst = max((item.error for item in compared), default=0.0)
+            row += [f"{pooled(compared):.2e}", f"{worst:.2e}"] if compared else ["", ""]
         rows.append(row)
     show_table(out, titles, rows, left=(0, 1, 2))
     out.print()

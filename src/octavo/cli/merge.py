@@ -5,28 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Overwrite, not_blank
+from .options import Overwrite, named
 
 
 def merge(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="The model in 8 bits that the adapter was trained on.",
-            show_default=False,
-            callback=not_blank,
-        ),
-    ],
-    adapter: Annotated[
-        str,
-        typer.Argument(
-            metavar="ADAPTER",
-            help="The adapter's folder, as `octavo finetune` writes it.",
-            show_default=False,
-            callback=not_blank,
-        ),
-    ],
+    model: Annotated[str, named("MODEL", "The model in 8 bits that the adapter was trained on.")],
+    adapter: Annotated[str, named("ADAPTER", "The adapter's folder, as `octavo finetune` writes it.")],
     out: Annotated[
         str, typer.Argument(metavar="OUT", help="Folder to write the merged model to.", show_default=False)
     ],
@@ -52,19 +36,15 @@ def merge(
     from octavo.checkpoint.writing.output_directory import choose_output_directory
 
     from .checks import check_model
-    from .terminal import bytes_progress, say, say_command, terminal
+    from .terminal import bytes_progress, going_on_later, say, say_command, terminal
 
     choose_output_directory(Path(out), check_model(model, adapter=adapter), overwrite)
 
     from octavo.merging.merge import merge as run
 
     messages = terminal(stderr=True)
-    try:
-        with bytes_progress(messages) as progress:
-            result = run(model, adapter, out, to, overwrite=overwrite, progress=progress)
-    except KeyboardInterrupt:
-        say(messages, "Stopped. The same command goes on where it stopped.")
-        raise typer.Exit(130) from None
+    with going_on_later(messages), bytes_progress(messages) as progress:
+        result = run(model, adapter, out, to, overwrite=overwrite, progress=progress)
     say(
         messages,
         f"{out}: {result.nbytes / 1e6:,.1f} MB, {len(result.changed)} tensors changed by the adapter",

@@ -5,7 +5,8 @@ Example:
 """
 
 import re
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -64,22 +65,17 @@ def not_blank(text: str) -> str:
     return text
 
 
-def _model(help_: str):
-    return typer.Argument(metavar="MODEL", help=help_, show_default=False, callback=not_blank)
+# Options whose values are a whole number, and any number.
+integer: Any = partial(typer.Option, metavar="N")
+number: Any = partial(typer.Option, metavar="X")
 
 
-Model = Annotated[str, _model("A folder, a file or a Hugging Face id; anything `octavo.load` takes.")]
-MeasuredModel = Annotated[
-    str,
-    _model(
-        "A folder, a file or a Hugging Face id; anything `octavo.load` takes. It is measured as it is: a plain model plain, in "
-        "its own type."
-    ),
-]
-FloatModel = Annotated[
-    str,
-    _model("The model in float: a folder, a file or a Hugging Face id; a GGUF file is de-quantized first."),
-]
+def named(metavar: str, help_: str) -> Any:
+    """An argument that is a name: not blank, and without a default."""
+    return typer.Argument(metavar=metavar, help=help_, show_default=False, callback=not_blank)
+
+
+Model = Annotated[str, named("MODEL", "A folder, a file or a Hugging Face id; anything `octavo.load` takes.")]
 Adapter = Annotated[
     str | None,
     typer.Option(
@@ -90,9 +86,7 @@ Adapter = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME",
-        parser=device_name,
-        help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.",
+        metavar="NAME", parser=device_name, help="cpu, cuda, cuda:1, ... Default: a GPU if there is one."
     ),
 ]
 Dtype = Annotated[
@@ -118,8 +112,7 @@ Texts = Annotated[
 ]
 Window = Annotated[
     int | None,
-    typer.Option(
-        metavar="N",
+    integer(
         min=2,
         help="Tokens of context at most. Default: the model's longest, at most 2048.",
         show_default=False,
@@ -127,17 +120,11 @@ Window = Annotated[
 ]
 Stride = Annotated[
     int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Tokens from one window to the next. Default: half the window.",
-        show_default=False,
-    ),
+    integer(min=1, help="Tokens from one window to the next. Default: half the window.", show_default=False),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option(
-        metavar="N",
+    integer(
         min=1,
         help="Windows at once; no figure depends on it. Default: what 512 MiB of logits hold.",
         show_default=False,

@@ -4,17 +4,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import DtypeName, not_blank, size
+from .options import DtypeName, integer, named, size
 
 
 def plan(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder with a config.json, or a Hugging Face id: of it only config.json is fetched.",
-            show_default=False,
-            callback=not_blank,
+        named(
+            "MODEL", "A folder with a config.json, or a Hugging Face id: of it only config.json is fetched."
         ),
     ],
     memory: Annotated[
@@ -25,13 +22,10 @@ def plan(
         ),
     ] = None,
     max_length: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Tokens of a text. Default: 2048, or what the model reads at most.", min=2
-        ),
+        int | None, integer(help="Tokens of a text. Default: 2048, or what the model reads at most.", min=2)
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Texts at once.", min=1)] = 1,
-    lora_r: Annotated[int, typer.Option(metavar="N", help="Rank of the adapters.", min=1)] = 16,
+    batch_size: Annotated[int, integer(help="Texts at once.", min=1)] = 1,
+    lora_r: Annotated[int, integer(help="Rank of the adapters.", min=1)] = 16,
     lora_targets: Annotated[
         str, typer.Option(metavar="NAME,...", help="all-linear, all, or names: q_proj,v_proj.")
     ] = "all-linear",
@@ -148,12 +142,13 @@ def read_config(folder: Any) -> tuple[Any, Any, bool]:
     from transformers import AutoConfig
 
     from octavo import OctavoConfig
+    from octavo.wording import one_line
 
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder}: expected a config.json that transformers knows; found {str(error).strip().splitlines()[0]}"
+            f"{folder}: expected a config.json that transformers knows; found {one_line(error)}"
         ) from error
     stored: Any = getattr(config, "quantization_config", None)
     stored = stored.to_dict() if hasattr(stored, "to_dict") else stored

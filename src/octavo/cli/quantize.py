@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import Overwrite, not_blank, size
+from .options import Overwrite, integer, named, size
 
 # A source that holds fewer bits per weight than this has lost more than 8 bits can show.
 NARROW = 8.0
@@ -15,12 +15,10 @@ NARROW = 8.0
 def quantize(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SOURCE",
-            callback=not_blank,
-            help="What to convert: a folder or a Hugging Face id (safetensors, or .bin), a published 8-bit checkpoint, "
+        named(
+            "SOURCE",
+            "What to convert: a folder or a Hugging Face id (safetensors, or .bin), a published 8-bit checkpoint, "
             "FP8, MXFP4 or int8 weights, or a GGUF file.",
-            show_default=False,
         ),
     ],
     out: Annotated[
@@ -39,8 +37,7 @@ def quantize(
     ] = None,
     block_size: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
+        integer(
             min=1,
             help="Weights that share a scale: smaller is more exact and larger. Default: 64 for fitted (8.25 bits per weight), "
             "4096 for dynamic.",
@@ -75,8 +72,7 @@ def quantize(
         ),
     ] = None,
     calibrate_tokens: Annotated[
-        int,
-        typer.Option(metavar="N", min=1024, help="Tokens of text to calibrate on, spread over the files."),
+        int, integer(min=1024, help="Tokens of text to calibrate on, spread over the files.")
     ] = 16384,
 ) -> None:
     """Convert SOURCE to 8 bits and write it to OUT.
@@ -100,7 +96,7 @@ def quantize(
     from octavo.checkpoint.writing.output_directory import choose_output_directory
 
     from .checks import check_model
-    from .terminal import bytes_progress, quiet_loading, say, terminal, warnings_as_lines
+    from .terminal import bytes_progress, going_on_later, quiet_loading, terminal, warnings_as_lines
 
     shard_size = size(max_shard_size, "--max-shard-size")
     if calibrate:
@@ -121,25 +117,21 @@ def quantize(
         calibration = Calibration(calibrate, calibrate_tokens)
     messages = terminal(stderr=True)
     config = OctavoConfig(codebook=codebook or "fitted", block_size=block_size, skip=skip or [])
-    try:
-        with warnings_as_lines(messages):
-            opened = open_source(source, trust_remote_code=trust_remote_code)
-            if opened.kind == "gguf":
-                _warn_of_a_narrow_source(opened, messages)
-            with opened, bytes_progress(messages) as progress:
-                result = convert(
-                    opened,
-                    out,
-                    config,
-                    overwrite=overwrite,
-                    max_shard_size=shard_size,
-                    requantize=codebook is not None or block_size is not None,
-                    calibration=calibration,
-                    progress=progress,
-                )
-    except KeyboardInterrupt:
-        say(messages, "Stopped. The same command goes on where it stopped.")
-        raise typer.Exit(130) from None
+    with going_on_later(messages), warnings_as_lines(messages):
+        opened = open_source(source, trust_remote_code=trust_remote_code)
+        if opened.kind == "gguf":
+            _warn_of_a_narrow_source(opened, messages)
+        with opened, bytes_progress(messages) as progress:
+            result = convert(
+                opened,
+                out,
+                config,
+                overwrite=overwrite,
+                max_shard_size=shard_size,
+                requantize=codebook is not None or block_size is not None,
+                calibration=calibration,
+                progress=progress,
+            )
     _show(result, opened.kind, calibration)
 
 
@@ -163,13 +155,16 @@ def _warn_of_a_narrow_source(opened: Any, messages: Any) -> None:
 
 def _show(result: Any, kind: str, calibration: Any = None) -> None:
     """The figures, and what to do next."""
+    from octavo.wording import few
+    from octavo.wording import size as shown_size
+
     from .terminal import say, show_facts, terminal
 
     before, after = result.source_bytes, result.bytes
     exact = bool(result.quantized) and all(row.kind == "exact" for row in result.quantized)
     facts = [
-        ("size before", _mb(before)),
-        ("size after", f"{_mb(after)}  ({after / max(before, 1):.0%})"),
+        ("size before", shown_size(before)),
+        ("size after", f"{shown_size(after)}  ({after / max(before, 1):.0%})"),
         ("bits per weight", f"{result.bits_per_weight:.3f}"),
         (
             "weight error ‖w−ŵ‖²/‖w‖²",
@@ -186,13 +181,9 @@ def _show(result: Any, kind: str, calibration: Any = None) -> None:
     out = terminal()
     show_facts(out, facts)
     if result.unexpected:
-        names = ", ".join(result.unexpected[:3]) + (", ..." if len(result.unexpected) > 3 else "")
         out.print()
-        say(
-            out,
-            ("Left out:", "yellow"),
-            f" {len(result.unexpected)} tensors the model has no place for: {names}",
-        )
+        found = f" {len(result.unexpected)} tensors the model has no place for: {few(result.unexpected)}"
+        say(out, ("Left out:", "yellow"), found)
     if result.dropped and kind == "published":
         out.print()
         say(out, f"Left out: {len(result.dropped)} buffers that are constants (attention masks).")
@@ -214,7 +205,3 @@ def _show_next(out: Any, result: Any) -> None:
     if result.adapter:
         say(out, "With the low-rank adapter that came with the weights:")
         say_command(out, "      ", f'{command} "..." --adapter {shlex.quote(str(result.adapter))}')
-
-
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

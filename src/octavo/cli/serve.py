@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Adapter, Device, Dtype, Model, size
+from .options import Adapter, Device, Dtype, Model, integer, number, size
 
 
 def serve(
@@ -20,7 +20,7 @@ def serve(
     host: Annotated[
         str, typer.Option(metavar="HOST", help="Address to listen on. Beyond this machine only with a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="Port to listen on.", min=1, max=65535)] = 8000,
+    port: Annotated[int, integer(help="Port to listen on.", min=1, max=65535)] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -37,11 +37,11 @@ def serve(
         ),
     ] = None,
     max_requests: Annotated[
-        int, typer.Option(metavar="N", help="Requests at a time, running and waiting; others get 429.", min=1)
+        int, integer(help="Requests at a time, running and waiting; others get 429.", min=1)
     ] = 64,
     max_body: Annotated[str, typer.Option(metavar="SIZE", help="Largest request.")] = "8MB",
     max_seconds: Annotated[
-        float, typer.Option(metavar="X", help="Longest time of a request until its answer has ended.", min=1)
+        float, number(help="Longest time of a request until its answer has ended.", min=1)
     ] = 600,
     dtype: Dtype = None,
     device: Device = None,

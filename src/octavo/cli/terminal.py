@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -140,6 +141,16 @@ def warnings_as_lines(console: Console) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(console, f"warning: {message}", style="yellow")
         yield
+
+
+@contextmanager
+def going_on_later(console: Console) -> Iterator[None]:
+    """Ctrl-C, in work that the same command goes on with: say so, and leave as a program does that was interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(console, "Stopped. The same command goes on where it stopped.")
+        raise typer.Exit(130) from None
 
 
 @contextmanager

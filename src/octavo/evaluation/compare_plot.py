@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.writing.durable import put_in_place
-from .plots import COLOURS, MARKERS
+from ..checkpoint.writing.durable import written_aside
+from .plots import COLOURS, MARKERS, error_bar, require_matplotlib
 
 # Bits beyond the smallest format's within which formats are drawn as points.
 POINTS_WITHIN = 2.0
@@ -32,11 +32,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(8.5, 6.4), dpi=150, layout="constrained")
+    figure = require_matplotlib()(figsize=(8.5, 6.4), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     rows = found["formats"]
     smallest = min(row["bits_per_weight"] for row in rows)
@@ -78,12 +74,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         parse_math=False,
     )
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with written_aside(path) as partial:
         figure.savefig(partial, format="png")
-        put_in_place(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def shortened(name: str) -> str:
@@ -111,8 +103,7 @@ def _change(row: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
 
 def _point(axes, x: float, y: float, interval: Sequence[float] | None, label: str | None, style) -> None:
     color, marker = style
-    # Percentile intervals need not hold the mean itself.
-    spread = None if interval is None else [[max(y - interval[0], 0.0)], [max(interval[1] - y, 0.0)]]
+    spread = error_bar(y, *(interval or (None, None)))
     axes.errorbar(
         x, y, yerr=spread, color=color, marker=marker, markersize=7, capsize=3, linewidth=1.2, label=label
     )

@@ -46,15 +46,11 @@ def load_as_it_is(
     """
     from ..checkpoint import open_source
     from ..checkpoint.build import build_model
-    from ..loading import compute_dtype, dtype_named, from_pretrained, load
+    from ..loading import compute_dtype, device_named, dtype_named, from_pretrained, load
 
     with open_source(src) as source:
         if config is None and not source.eight_bit:
-            target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            if target.type == "cuda" and not torch.cuda.is_available():
-                raise ValueError(
-                    f"device {target}: this torch finds no GPU; leave --device out to use the CPU"
-                )
+            target = device_named(device)
             asked = dtype_named(dtype) or compute_dtype(source.dtype, target)
             if source.kind == "packed":
                 return build_model(source, None, asked, {"": str(target)}).eval()

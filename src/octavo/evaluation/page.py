@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.writing.durable import put_in_place
+from ..checkpoint.writing.durable import put_in_place, write_json
 from .evaluate import Evaluation, exp_interval, percent
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -60,9 +60,7 @@ def write_report(found: Evaluation, folder: str | Path, against: str | Path | No
     check_report(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as aside:
         drawn = _draw(found, Path(aside), against)
-        Path(aside, "evaluation.json").write_text(
-            json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(Path(aside, "evaluation.json"), found.to_dict())
         Path(aside, "index.html").write_text(_page(found, Path(aside), drawn), encoding="utf-8")
         written = []
         # The page last: it is there when all it goes with is.

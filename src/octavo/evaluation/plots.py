@@ -35,18 +35,22 @@ class Point:
     high: float | None = None
 
 
-def require_matplotlib() -> None:
-    """Raise ImportError, saying what to do, if matplotlib is missing."""
+def require_matplotlib() -> Any:
+    """matplotlib's Figure. Raises ImportError, saying what to do, if matplotlib is missing."""
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("plots need matplotlib: `pip install matplotlib`") from None
+    return Figure
+
+
+def error_bar(value: float, low: float | None, high: float | None) -> list[list[float]] | None:
+    """How far an interval reaches below and above a value; percentile intervals need not hold it."""
+    return None if low is None or high is None else [[max(value - low, 0.0)], [max(high - value, 0.0)]]
 
 
 def _figure(width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = require_matplotlib()(figsize=(width, height), layout="constrained")
     axes = figure.subplots(**options)
     for each in np.atleast_1d(axes).flat:
         each.spines[["top", "right"]].set_visible(False)
@@ -74,16 +78,10 @@ def plot_perplexity(
     """
     figure, axes = _figure(8.6, 4.6)
     for number, point in enumerate(sorted(points, key=lambda each: each.bits)):
-        spread = None
-        if point.low is not None and point.high is not None:
-            spread = [
-                [max(point.perplexity - point.low, 0.0)],
-                [max(point.high - point.perplexity, 0.0)],
-            ]
         axes.errorbar(
             [point.bits],
             [point.perplexity],
-            yerr=spread,
+            yerr=error_bar(point.perplexity, point.low, point.high),
             fmt=MARKERS[number % len(MARKERS)],
             markersize=7,
             capsize=4,

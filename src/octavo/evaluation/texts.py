@@ -17,10 +17,10 @@ Example:
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..text_files import read_text
+from ..hub_datasets import load_table
+from ..text_files import is_file, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -80,34 +80,18 @@ def read_texts(sources: Sequence[str]) -> list[Text]:
 
 
 def _read(source: str) -> Text:
-    path = Path(source).expanduser()
-    named = path.suffix.lower() in (".txt", ".md", ".rst") or path.is_absolute() or source.count("/") > 1
-    return Text(source, read_text(path, "--text")) if path.exists() or named else _read_hub(source)
+    return Text(source, read_text(source, "--text")) if is_file(source) else _read_hub(source)
 
 
 def _read_hub(source: str) -> Text:
     spec = SHORT_NAMES.get(source, source)
     name, configuration, split, column = (*spec.split(":"), "", "", "")[:4]
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"--text {source}: no such file; for a data set of the Hugging Face hub, `pip install datasets`"
-        ) from error
-    try:
-        table = load_dataset(name, configuration or None, split=split or "test")
-    except Exception as error:  # the hub's libraries raise classes of many families
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"--text {source}: no such file here, and the Hugging Face hub does not give a data set {name!r} "
-            f"(configuration {configuration or 'default'}, split {split or 'test'}): {reason}; give a text file, or "
-            "connect once to download it"
-        ) from error
-    column = column or "text"
+    split, column = split or "test", column or "text"
+    table = load_table(name, configuration, split, f"--text {source}")
     if column not in table.column_names:
         raise ValueError(
             f"--text {source}: expected a column {column!r}, found {', '.join(table.column_names)}; name one: "
-            f"{name}:{configuration}:{split or 'test'}:COLUMN"
+            f"{name}:{configuration}:{split}:COLUMN"
         )
     return Text(source, ROW_SEPARATOR.join(table[column]))
 

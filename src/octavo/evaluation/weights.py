@@ -20,12 +20,10 @@ import numpy as np
 import torch
 
 from ..checkpoint import open_source
-from ..checkpoint.inspection import Item
-from ..checkpoint.names import map_names
+from ..checkpoint.inspection import Item, Originals, pooled
 from ..checkpoint.reading.source import Source
 from ..checkpoint.skeleton import build_skeleton
 from ..config import OctavoConfig
-from ..model import plan_model
 
 # Weights of a matrix that a histogram is made of: rows spread evenly over it.
 SAMPLED_WEIGHTS = 1 << 21
@@ -89,12 +87,6 @@ def by_layer(items: Sequence[Item]) -> list[LayerError]:
     ]
 
 
-def pooled(items: Sequence[Item]) -> float:
-    """Σ(w - ŵ)² / Σw² over all of them."""
-    power = sum(item.power for item in items)
-    return sum((item.error or 0.0) * item.power for item in items) / power if power else 0.0
-
-
 def choose(items: Sequence[Item], count: int = 4) -> list[Item]:
     """Matrices worth a look: the largest (usually the embedding), and those of the least, the median and the largest error."""
     ordered = sorted(items, key=lambda item: item.error or 0.0)
@@ -115,23 +107,11 @@ def codebooks(model: str | Path, against: str | Path | None, items: Sequence[Ite
         if against is None:
             return [_codebook(item, source, None) for item in items]
         with open_source(against) as other:
-            skeleton = build_skeleton(source.model_config())
-            plan = plan_model(skeleton, OctavoConfig(), strict=False)
-            entries = {
-                name: entry for entry in plan.entries.values() for name in (entry.name, *entry.aliases)
-            }
-            groups = {name: group for group in map_names(skeleton, other).groups for name in group.outputs}
+            originals = Originals(other, build_skeleton(source.model_config()), OctavoConfig())
             found = []
             for item in items:
-                entry = entries.get(item.name)
-                aliases = (entry.name, *entry.aliases) if entry else (item.name,)
-                alias = next(alias for alias in aliases if alias in groups)
-                weight = groups[alias].realize(skeleton, other.read)[alias]
-                found.append(
-                    _codebook(item, source, weight.mT if entry is not None and entry.transposed else weight)
-                )
-                for name in groups[alias].source_names:
-                    other.release(name)
+                with originals.weight(item.name) as weight:
+                    found.append(_codebook(item, source, weight))
             return found
 
 

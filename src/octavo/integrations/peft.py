@@ -23,14 +23,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..checkpoint.errors import CheckpointError, library_errors, one_line
+from ..checkpoint.errors import CheckpointError, library_errors
 from ..checkpoint.reading.locate import locate_adapter
 from ..checkpoint.reading.published_adapters import lora_options
 from ..checkpoint.reading.safetensors_source import check_adapter_file
 from ..tensor import OctavoTensor
+from ..wording import one_line
 
 ADAPTER_NAME = "published"
-LONGEST_REASON = 260
 
 
 def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
@@ -102,10 +102,9 @@ def _not_of_this_model(adapter: str | Path, why: str) -> ValueError:
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    # PEFT's own messages may list every layer.
-    why = why if len(why) < LONGEST_REASON else f"{why[:LONGEST_REASON]} ..."
     trained = f"; it was trained on {base}" if base else ""
-    return ValueError(f"{adapter}: the adapter is not of this model: {why}{trained}")
+    # PEFT's own messages may list every layer.
+    return ValueError(f"{adapter}: the adapter is not of this model: {one_line(why)}{trained}")
 
 
 def add_published_adapters(model: Any, adapters: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint.reading.octavo_source import put_together
 from ..checkpoint.reading.open import require_plain
 from ..config import OctavoConfig as PlainConfig
-from ..model import Entry, Plan, dequantize_model, plan_model
+from ..model import Entry, Plan, dequantize_model, loaded_parameter, plan_model
 from ..tensor import SUFFIXES, OctavoTensor, pack
 from .completeness import is_missing
 from .peft import keep_frozen_out_of_adapters
@@ -81,9 +81,10 @@ class Deserialize(ConversionOps):
         return Deserialize(self.hf_quantizer)
 
     def convert(self, input_dict, full_layer_name=None, **kwargs):
-        parts = {}
-        for pattern, value in input_dict.items():
-            parts[pattern.rpartition("_")[2]] = value[0] if isinstance(value, list) else value
+        parts = {
+            pattern.rpartition("_")[2]: value[0] if isinstance(value, list) else value
+            for pattern, value in input_dict.items()
+        }
         quantizer = self.hf_quantizer
         return {full_layer_name: quantizer.or_placeholder(quantizer.assembled, full_layer_name, parts)}
 
@@ -97,6 +98,7 @@ class OctavoHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PlainConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]  # likewise
         self.plan = Plan()
+        self.entries: dict[str, Entry] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.plain_dtypes: dict[str, torch.dtype] = {}
         self.leaves: set[str] = set()
@@ -135,7 +137,7 @@ class OctavoHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             require_plain(self.files)
             self.plan.check()
-        names = self.plan.names
+        names = self.entries = self.plan.named
         self.dtype = dtype or torch.get_default_dtype()
         self.dtypes = _compute_dtypes(model, dict.fromkeys(names, self.dtype), self.dtype)
         plain = {
@@ -168,7 +170,7 @@ class OctavoHfQuantizer(HfQuantizer):
 
     def _check(self, model, entry: Entry) -> None:
         """Raise ValueError if a planned parameter is neither in 8 bits, nor stored in float, nor new."""
-        parameters = {name: model.get_parameter(name) for name in (entry.name, *entry.aliases)}
+        parameters = {name: model.get_parameter(name) for name in entry.names}
         for name, parameter in parameters.items():
             if isinstance(parameter, OctavoTensor) and tuple(parameter.shape) != entry.shape:
                 raise ValueError(
@@ -226,17 +228,8 @@ class OctavoHfQuantizer(HfQuantizer):
         return None if any(isinstance(operation, Deserialize) for operation in operations) else dtype
 
     def _entry(self, name: str) -> Entry:
-        entries = self.plan.entries
-        if name in entries:
-            return entries[name]
-        # A version of Octavo with fewer entries in `KEEP_IN_FLOAT` may have written it: what is stored counts.
-        plain = Entry(name, tuple(self.shapes[name]), transposed=False)
-        return next((entry for entry in entries.values() if name in entry.aliases), plain)
-
-    def _parameter(self, weight: OctavoTensor) -> nn.Parameter:
-        parameter: Any = nn.Parameter(weight, requires_grad=False)
-        parameter._is_hf_initialized = True
-        return parameter
+        # Not planned: a version of Octavo with fewer entries in `KEEP_IN_FLOAT` may have written it; what is stored counts.
+        return self.entries.get(name) or Entry(name, tuple(self.shapes[name]), transposed=False)
 
     def or_placeholder(self, make: Callable[..., torch.Tensor], name: str, value) -> torch.Tensor:
         """`make(name, value)`, or, if it raises ValueError, zeros that take no memory; the error is raised after loading.
@@ -260,7 +253,7 @@ class OctavoHfQuantizer(HfQuantizer):
             transposed=self._entry(name).transposed,
             dtype=self.dtypes[name],
         )
-        return self._parameter(weight)
+        return loaded_parameter(weight)
 
     def assembled(self, name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """One parameter from its stored parts. Raises ValueError naming it if they do not fit the model."""
@@ -274,7 +267,7 @@ class OctavoHfQuantizer(HfQuantizer):
             self._entry(name).transposed,
             self.quantization_config.codebook,
         )
-        return self._parameter(weight)
+        return loaded_parameter(weight)
 
     def get_state_dict_and_metadata(self, model):
         self._list_plain(model)

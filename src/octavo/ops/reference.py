@@ -95,21 +95,21 @@ def _require_finite(operation: str, weight: torch.Tensor) -> None:
 def quantize(weight, code, block_size, absmax_dtype):
     """Quantize a matrix: scales rounded up first, then for each weight the index of the nearest code.
 
-    A weight halfway between two codes takes the lower one: the index is the number of midpoints strictly below
-    weight / scale.
+    A weight halfway between two codes takes the lower one: the index is the number of decision boundaries (midpoints) strictly
+    below weight / scale.
     """
     rows, columns = weight.shape
     qdata = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(
         (rows, blocks_per_row(columns, block_size)), dtype=absmax_dtype, device=weight.device
     )
-    middles = (code[:-1] + code[1:]) * 0.5
+    boundaries = (code[:-1] + code[1:]) * 0.5
     for start, stop in row_panels(rows, columns):
         panel = weight[start:stop].to(torch.float32)
         _require_finite("quantize", panel)
         absmax[start:stop] = block_absmax(panel, block_size, absmax_dtype)
         values = normalize(panel, absmax[start:stop], block_size)
-        qdata[start:stop] = torch.searchsorted(middles, values.contiguous(), right=False).to(torch.uint8)
+        qdata[start:stop] = torch.searchsorted(boundaries, values.contiguous(), right=False).to(torch.uint8)
     return qdata, absmax
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.writing.durable import written_aside
 from .prompts import CHAT, Prompts
 from .recipe import Recipe
 
@@ -124,9 +125,8 @@ def write_card(
             f"{name} {_version(name)}" for name in ("octavo", "torch", "transformers", "peft")
         ),
     )
-    partial = folder / "README.md.partial"
-    card.save(partial)
-    partial.replace(folder / "README.md")
+    with written_aside(folder / "README.md") as partial:
+        card.save(partial)
 
 
 def _asked(prompts: Prompts) -> str:

@@ -13,7 +13,6 @@ Example:
     └──────┴───────────────┴─────────────────┴────────────┘
 """
 
-import json
 import math
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoint.writing.durable import write_in_place
 from .data import Example
 from .loss import IGNORED
 
@@ -118,8 +116,3 @@ def print_table(history: list[dict[str, float]], console: Console) -> None:
     for column in table.columns:
         column.justify = "right"
     console.print(table)
-
-
-def write_log(history: list[dict[str, float]], path: str | Path) -> None:
-    """The Trainer's log as JSON."""
-    write_in_place(Path(path), json.dumps(history, indent=1) + "\n")

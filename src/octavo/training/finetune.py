@@ -29,10 +29,11 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from ..checkpoint.writing.durable import write_json
 from ..checkpoint.writing.in_use import Lock
 from .adapters import add_adapters
 from .card import Origin, card_callback, write_card
-from .curves import write_curve, write_log
+from .curves import write_curve
 from .data import Example, check_length, collate
 from .folder import (
     ADAPTER,
@@ -285,7 +286,7 @@ def _save(trainer: Any, output: Path, origin: Origin | None, recipe: Recipe, out
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
     if trainer.args.should_save and origin is not None:
-        write_log(outcome.history, output / "training.json")
+        write_json(output / "training.json", outcome.history, indent=1)
         write_curve(outcome.history, output / "loss.png", title=f"{origin.base} on {', '.join(origin.data)}")
 
 

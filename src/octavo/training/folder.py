@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.writing.durable import sync, sync_all, write_in_place
+from ..checkpoint.writing.durable import sync, sync_all, write_json
 from ..checkpoint.writing.output_directory import check_writable
 from .recipe import Recipe
 
@@ -101,7 +101,7 @@ def keep_options(
             raise ValueError(
                 f"--resume: expected the options and the data that the run was started with, found others: {listed}"
             )
-    write_in_place(path, json.dumps({**options, MARKED: marked}, indent=2) + "\n")
+    write_json(path, {**options, MARKED: marked})
 
 
 def refuse_to_overwrite(output: str | Path) -> None:

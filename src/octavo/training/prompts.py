@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.writing.durable import write_in_place
+from ..checkpoint.writing.durable import write_json
 
 PROMPTS_FILE = "octavo_prompts.json"
 PLAIN, CHAT = "plain", "chat"
@@ -66,8 +66,7 @@ class Prompts:
         )
 
     def save(self, folder: str | Path) -> None:
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        write_in_place(Path(folder) / PROMPTS_FILE, text)
+        write_json(Path(folder) / PROMPTS_FILE, asdict(self), ensure_ascii=False)
 
 
 def read_prompts(source: str | Path) -> Prompts | None:

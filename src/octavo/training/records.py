@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..text_files import check_whole, read_text
+from ..hub_datasets import load_table
+from ..text_files import check_whole, is_file, read_text
 
 FORMS = "`text`, `prompt` and `completion`, or `messages`"
 ENDINGS = (".txt", ".jsonl", ".json", ".csv")
@@ -51,7 +52,7 @@ def _read(source: str, named: str, option: str) -> list[dict[str, Any]]:
     path = Path(source).expanduser()
     ending = path.suffix.lower()
     if not path.exists():
-        if ending in ENDINGS or path.is_absolute() or source.count("/") > 1:
+        if is_file(source, ENDINGS):
             raise FileNotFoundError(f"{named}: no such file")
         return _read_hub(source, named)
     if ending not in ENDINGS:
@@ -111,19 +112,7 @@ def _read_json(text: str, path: Path) -> Iterable[tuple[str, Any]]:
 
 
 def _read_hub(name: str, named: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"{named}: no such file; for a data set of the Hugging Face hub, `pip install datasets`"
-        ) from error
-    try:
-        table = load_dataset(name, split="train")
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{named}: neither a file here nor a data set that the Hugging Face hub gives ({reason})"
-        ) from error
+    table = load_table(name, "", "train", named)
     return [_checked(record, f"{name}, record {number}") for number, record in enumerate(table, 1)]
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from ...wording import one_line
 from ..errors import CheckpointError
 from .index import check_against_index
 from .source import Source, TensorInfo
@@ -41,9 +42,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(_explain(path, error)) from None
     except Exception as error:  # a damaged pickle fails in any way: assertions, types, indices, ...
         raise CheckpointError(
-            f"{path}: expected a PyTorch checkpoint, found a damaged or truncated file of "
-            f"{path.stat().st_size} bytes "
-            f"({_short(error)}); download it again"
+            f"{path}: expected a PyTorch checkpoint, found a damaged or truncated file of {path.stat().st_size} bytes "
+            f"({one_line(error)}); download it again"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
@@ -72,16 +72,10 @@ def _explain(path: Path, error: pickle.UnpicklingError) -> str:
     asked = re.search(r"(?:Unsupported global: )?GLOBAL ([\w.]+)", text)
     if asked:
         return (
-            f"{path}: this pickle asks to run code ({asked[1]}), which tensors never need; nothing of it was "
-            "run. "
-            "Octavo reads plain tensors only: get the model as safetensors from a source you trust"
+            f"{path}: this pickle asks to run code ({asked[1]}), which tensors never need; nothing of it was run. Octavo reads "
+            "plain tensors only: get the model as safetensors from a source you trust"
         )
-    return f"{path}: not a checkpoint of plain tensors ({_short(error)}); get the model as safetensors"
-
-
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0][:160] if lines else "") or type(error).__name__
+    return f"{path}: not a checkpoint of plain tensors ({one_line(error)}); get the model as safetensors"
 
 
 class BinSource(Source):

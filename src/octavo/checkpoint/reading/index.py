@@ -12,9 +12,9 @@ Example:
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
+from ...wording import few
 from ..errors import CheckpointError
 from .regular import require_regular
 
@@ -48,13 +48,13 @@ def shard_files(path: Path) -> list[str]:
     missing = [name for name in names if not (path.parent / name).exists()]
     if missing:
         raise CheckpointError(
-            f"{path.parent}: {len(missing)} of {len(names)} shards named by {path.name} are missing: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; download them"
+            f"{path.parent}: {len(missing)} of {len(names)} shards named by {path.name} are missing: {few(missing)}; "
+            "download them"
         )
     return names
 
 
-def check_against_index(path: Path, found: dict[str, str], ignore: Iterable[str] = ()) -> None:
+def check_against_index(path: Path, found: dict[str, str]) -> None:
     """Check that every tensor an index names is in the file it names.
 
     Args:
@@ -63,15 +63,9 @@ def check_against_index(path: Path, found: dict[str, str], ignore: Iterable[str]
     Raises:
         CheckpointError: naming the first tensors that are not where the index says.
     """
-    ignored = set(ignore)
-    absent = [
-        f"{name} (in {file})"
-        for name, file in read_index(path).items()
-        if found.get(name) != file and name not in ignored
-    ]
+    absent = [f"{name} (in {file})" for name, file in read_index(path).items() if found.get(name) != file]
     if absent:
         raise CheckpointError(
-            f"{path} names {len(absent)} tensors that are not in their files: "
-            f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}; "
-            "the files belong to different downloads"
+            f"{path} names {len(absent)} tensors that are not in their files: {few(absent)}; the files belong to different "
+            "downloads"
         )

@@ -11,11 +11,12 @@ Example:
     >>> save_peft_adapter(adapters, Path("adapter"), base="model")
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..writing.durable import write_json
 
 Adapters = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -74,4 +75,4 @@ def save_peft_adapter(adapters: Adapters, folder: Path, base: str = "") -> None:
     config, tensors = peft_adapter(adapters, base)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "adapter_config.json", config, sort_keys=True)

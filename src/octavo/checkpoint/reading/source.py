@@ -25,7 +25,8 @@ import torch
 from ...config import OctavoConfig
 from ...ops.schema import DTYPES_BY_NAME
 from ...quantizer import Packed
-from ..errors import CheckpointError, library_errors, one_line
+from ...wording import one_line
+from ..errors import CheckpointError, library_errors
 from .regular import require_regular
 from .side_files import side_files
 

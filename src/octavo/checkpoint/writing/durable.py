@@ -4,14 +4,18 @@ A system writes what a program wrote when it finds time for it, names and bytes 
 before it gets its final name, and the folder that holds the name after it.
 
 Example:
-    >>> Path("figures.json.partial").write_text("{}")
-    2
-    >>> put_in_place(Path("figures.json.partial"), Path("figures.json"))
+    >>> write_json(Path("found.json"), {"perplexity": 20.5})
+    >>> Path("found.json").read_text()
+    '{\\n  "perplexity": 20.5\\n}\\n'
 """
 
 import errno
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def sync(path: Path) -> None:
@@ -43,12 +47,19 @@ def put_in_place(partial: Path, path: Path) -> None:
     sync(path.absolute().parent)
 
 
-def write_in_place(path: Path, text: str) -> None:
-    """Write a small file whole, or leave what was there."""
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` once it is whole; an error leaves nothing, and what was there before."""
     # Of the processes of one run each writes it.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """A value as indented JSON, written whole, or not at all; `options` are those of `json.dumps`."""
+    with written_aside(path) as partial:
+        partial.write_text(json.dumps(value, **{"indent": 2, **options}) + "\n", encoding="utf-8")

@@ -16,7 +16,6 @@ Example:
 
 import errno
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ...wording import size
 from ..errors import CheckpointError
 from ..reading.locate import SAFETENSORS_INDEX
 from ..reading.published_adapters import save_peft_adapter
@@ -31,6 +31,7 @@ from ..reading.safetensors_source import DTYPE_NAMES, DTYPES
 from ..reading.source import Source
 from ..units import Unit
 from .calibrator import Calibrator
+from .durable import write_json
 from .in_use import InUseError
 from .journal import NAME as JOURNAL_NAME
 from .journal import Journal
@@ -199,9 +200,8 @@ class CheckpointWriter:
         free = shutil.disk_usage(self.output.disk).free if free is None else free
         kept = f" What is done is kept in {self.partial}." if self.partial.exists() else ""
         return CheckpointError(
-            f"{self.output.out}: the disk is full: {_mb(self._needed())} more are needed, {_mb(free)} are "
-            f"free.{kept} Make room "
-            "and run the same command again, or write to another disk"
+            f"{self.output.out}: the disk is full: {size(self._needed())} more are needed, {size(free)} are free.{kept} Make "
+            "room and run the same command again, or write to another disk"
         )
 
     def _write_shard(self, number: int) -> list[dict[str, Any]]:
@@ -275,17 +275,11 @@ class CheckpointWriter:
             dtype = self.source.dtype
         # A dictionary gives each part of a composite model its own.
         config["dtype"] = dtype if isinstance(dtype, dict) else str(dtype).removeprefix("torch.")
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (self.partial / "config.json").write_text(text, encoding="utf-8")
+        write_json(self.partial / "config.json", config, sort_keys=True)
 
     def _write_index(self) -> None:
         lines = self.journal.units.values()
         weight_map = {t[0]: self.files[line["shard"]] for line in lines for t in line["tensors"]}
-        size = sum(t[4] - t[3] for line in lines for t in line["tensors"])
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self.partial / SAFETENSORS_INDEX).write_text(text, encoding="utf-8")
-
-
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+        total = sum(t[4] - t[3] for line in lines for t in line["tensors"])
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(self.partial / SAFETENSORS_INDEX, index, sort_keys=True)

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 
 from ... import ops
 from ...tensor import OctavoTensor
+from ...wording import few
 from .layers import joined
 from .weights import inside_rows, own_copy
 
@@ -105,9 +106,7 @@ class OctavoExpertsMethod(FusedMoEMethodBase):
         experts = range(layer.w13_weight.shape[0])
         missing = [f"{name} of expert {e}" for name in names for e in experts if (name, e) not in pieces]
         if missing:
-            raise ValueError(
-                f"{self.name}: the checkpoint lacks {len(missing)} weights: {', '.join(missing[:4])}, ..."
-            )
+            raise ValueError(f"{self.name}: the checkpoint lacks {len(missing)} weights: {few(missing)}")
         if not any(isinstance(piece, OctavoTensor) for piece in pieces.values()):
             self._become_float(layer, pieces, names)
             return

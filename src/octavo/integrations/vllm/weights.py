@@ -12,13 +12,11 @@ from dataclasses import fields
 import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
-from ...config import OctavoConfig, stored_block_size
-from ...quantizer import Packed
-from ...tensor import OctavoTensor
-from ...tensor.octavo_tensor import SUFFIXES
-
-# Below it the repeated scales would outweigh what 8 bits save (docs/FORMAT.md).
-SMALLEST_BLOCK = 32
+from ...checkpoint.reading.octavo_source import put_together
+from ...config import OctavoConfig
+from ...quantizer import SHORTEST_REPEATED_BLOCK
+from ...tensor import SUFFIXES, OctavoTensor
+from ...wording import few
 
 
 def assemble(
@@ -42,20 +40,13 @@ def assemble(
         if len(parts) == len(SUFFIXES):
             yield plain, _weight(plain, waiting.pop(plain), config)
     if waiting:
-        missing = [
-            f"{name}_{part}" for name, parts in waiting.items() for part in SUFFIXES if part not in parts
-        ]
-        raise ValueError(f"the checkpoint is not complete: it lacks {', '.join(missing[:6])}")
+        missing = [f"{name}_{s}" for name, parts in waiting.items() for s in SUFFIXES if s not in parts]
+        raise ValueError(f"the checkpoint is not complete: it lacks {few(missing, 6)}")
 
 
 def _weight(name: str, parts: dict[str, torch.Tensor], config: OctavoConfig) -> OctavoTensor:
-    qdata, absmax, code = (parts[suffix] for suffix in SUFFIXES)
-    try:
-        block_size = stored_block_size(qdata.shape[-1], absmax.shape[-1], config.row_block)
-        packed = Packed(qdata, absmax, code, block_size)
-        return OctavoTensor.from_packed(packed, torch.get_default_dtype(), codebook=config.codebook)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{name}: {error}") from error
+    packed = put_together(name, parts, config.row_block)
+    return OctavoTensor.from_packed(packed, torch.get_default_dtype(), codebook=config.codebook)
 
 
 class Assembling(WeightsMapper):
@@ -100,10 +91,10 @@ def inside_rows(weight: torch.Tensor, start: int, size: int, name: str) -> torch
     block = weight.block_size
     if start % block or (size % block and start + size != weight.shape[-1]):
         smaller = math.gcd(block, start, size)
-        if smaller < SMALLEST_BLOCK:
+        if smaller < SHORTEST_REPEATED_BLOCK:
             raise ValueError(
                 f"{name}: rows of {weight.shape[-1]} weights in blocks of {block} cannot be split among ranks at every {size}: "
-                f"blocks would shrink to {smaller} weights, and {SMALLEST_BLOCK} is the least. Use fewer ranks "
+                f"blocks would shrink to {smaller} weights, and {SHORTEST_REPEATED_BLOCK} is the least. Use fewer ranks "
                 "(--tensor-parallel-size), or quantize with a --block-size that divides the part of each rank"
             )
         absmax = weight.absmax.repeat_interleave(block // smaller, dim=-1)

@@ -89,13 +89,5 @@ def status() -> dict[str, object]:
 
 def matrix(qdata, absmax, code, block_size):
     """The arguments by which the native functions take a matrix. The tensors must outlive the call and be contiguous."""
-    rows, columns = qdata.shape
-    return (
-        qdata.data_ptr(),
-        absmax.data_ptr(),
-        absmax.dtype is torch.float16,
-        code.data_ptr(),
-        rows,
-        columns,
-        block_size,
-    )
+    half = absmax.dtype is torch.float16
+    return (qdata.data_ptr(), absmax.data_ptr(), half, code.data_ptr(), *qdata.shape, block_size)

@@ -133,49 +133,34 @@ def linear_fast(x, qdata, absmax, code, block_size, bias=None):
     code = code.contiguous()
     if not _fused(tokens, dtype, code):
         if tokens <= MANY_TOKENS[dtype]:
-            out = _linear_many(x, qdata, absmax, code, block_size, bias, tokens)
-            if out is not None:
+            many = native.library.linear_many
+            out, done = _native(many, x, qdata, absmax, code, block_size, bias, tokens)
+            if done:
                 return out
         return _linear_panels(x, qdata, absmax, code, block_size, bias)
-    out = torch.empty((*x.shape[:-1], rows), dtype=dtype)
+    return _native(native.library.linear, x, qdata, absmax, code, block_size, bias, tokens)[0]
+
+
+def _native(function, x, qdata, absmax, code, block_size, bias, tokens):
+    """A product in one native call, and what the call says: whether the kernels, the codebook and the blocks allow it."""
+    out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype)
     # A name for each, so that a copy lives as long as its address is used.
     x, qdata, absmax, code = x.contiguous(), qdata.contiguous(), absmax.contiguous(), code.contiguous()
-    bias, *bias_arguments = _bias(bias)
-    native.library.linear(
-        *native.matrix(qdata, absmax, code, block_size),
-        x.data_ptr(),
-        TYPES[dtype],
-        tokens,
-        *bias_arguments,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def _bias(bias):
-    """A bias, contiguous, and its address and type for the native functions."""
-    if bias is None:
-        return None, 0, 0
-    bias = bias.contiguous()
-    return bias, bias.data_ptr(), TYPES[bias.dtype]
-
-
-def _linear_many(x, qdata, absmax, code, block_size, bias, tokens):
-    """Many tokens in one native call, or None where the kernels, the codebook or the blocks do not allow it."""
-    out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype)
-    x, qdata, absmax, code = x.contiguous(), qdata.contiguous(), absmax.contiguous(), code.contiguous()
-    bias, *bias_arguments = _bias(bias)
-    done = native.library.linear_many(
+    bias_pointer = bias_kind = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_pointer, bias_kind = bias.data_ptr(), TYPES[bias.dtype]
+    done = function(
         *native.matrix(qdata, absmax, code, block_size),
         x.data_ptr(),
         TYPES[x.dtype],
         tokens,
-        *bias_arguments,
+        bias_pointer,
+        bias_kind,
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    return out if done else None
+    return out, done
 
 
 _kept = threading.local()
@@ -243,19 +228,13 @@ def linear_transposed_fast(x, qdata, absmax, code, block_size):
         return torch.zeros((*x.shape[:-1], columns), dtype=x.dtype)
     matrix = native.matrix(qdata, absmax, code, block_size)
     threads = torch.get_num_threads()
-    if tokens <= _FUSED_TOKENS_TRANSPOSED:
+    fused = tokens <= _FUSED_TOKENS_TRANSPOSED
+    if fused or MANY_TOKENS[torch.float32]:
         x = x.contiguous()
         out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
-        native.library.linear_transposed(
-            *matrix, x.data_ptr(), TYPES[x.dtype], tokens, out.data_ptr(), threads
-        )
-        return out
-    if MANY_TOKENS[torch.float32]:
-        x = x.contiguous()
-        out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
-        if native.library.linear_transposed_many(
-            *matrix, x.data_ptr(), TYPES[x.dtype], tokens, out.data_ptr(), threads
-        ):
+        product = native.library.linear_transposed if fused else native.library.linear_transposed_many
+        done = product(*matrix, x.data_ptr(), TYPES[x.dtype], tokens, out.data_ptr(), threads)
+        if done or fused:
             return out
     # Panels of columns: each sum over the rows is one matmul's, in float32.
     dtype = _PANEL_TYPES[x.dtype]
