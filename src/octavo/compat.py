@@ -56,11 +56,11 @@ NOT_HONOURED = {
     "key_mapping": "its names are mapped as those of a GPT-J",
     "ignore_mismatched_sizes": "weights of other sizes would be initialized at random",
     "adapter_kwargs": "adapters inside it are loaded with it; put others on with octavo.load(..., adapter=...)",
-    "distributed_config": "8-bit weights are not split over devices by tensor parallelism",
-    "tp_plan": "8-bit weights are not split over devices by tensor parallelism",
-    "tp_size": "8-bit weights are not split over devices by tensor parallelism",
-    "device_mesh": "8-bit weights are not split over devices by tensor parallelism",
     "proxies": "set HTTPS_PROXY, which huggingface_hub reads",
+    **dict.fromkeys(
+        ("distributed_config", "tp_plan", "tp_size", "device_mesh"),
+        "8-bit weights are not split over devices by tensor parallelism",
+    ),
 }
 
 

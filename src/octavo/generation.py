@@ -55,11 +55,7 @@ class _TimedStreamer(TextStreamer):
 
 
 def stream(
-    model: Any,
-    tokenizer: Any,
-    prompt: str | Encoded,
-    write: Callable[[str], None],
-    **options: Any,
+    model: Any, tokenizer: Any, prompt: str | Encoded, write: Callable[[str], None], **options: Any
 ) -> Generated:
     """Generate from a prompt, calling `write` with each piece of text as it is there.
 

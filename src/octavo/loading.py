@@ -40,8 +40,7 @@ def load(
         dtype: type to compute in. Default: the model's own, or on a CPU or an old GPU without fast bfloat16 or float16
             the type that it computes well in (`compute_dtype`).
         device: where to put it. Default: "cuda" if there is one, else "cpu".
-        config: how to quantize a source that is not quantized yet. Default: `OctavoConfig()`. An error for one
-            that is.
+        config: how to quantize a source that is not quantized yet. Default: `OctavoConfig()`. An error for one that is.
         adapter: a PEFT adapter folder to put on top.
         revision: branch, tag or commit of a hub id.
 

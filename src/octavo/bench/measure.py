@@ -89,10 +89,7 @@ def measure(options: Options, processor: str = "CPU", say: Say = lambda text: No
     device = options.torch_device()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    found: dict[str, Any] = {
-        "machine": machine(device, processor),
-        "load_before": load.before_measuring(),
-    }
+    found: dict[str, Any] = {"machine": machine(device, processor), "load_before": load.before_measuring()}
     if options.kernels_only and options.model is None:
         return found | {"kernels": measure_kernels(None, options.dtype or "bfloat16", options, say)}
     source = options.model or str(demo.MODEL)
@@ -193,10 +190,7 @@ def _lengths(context: int | None, options: Options) -> dict[str, int]:
     """Tokens to decode and of the prefill, cut to what the model's context holds."""
     if not context:
         return {"decode": options.tokens, "prefill": options.prefill}
-    return {
-        "decode": max(1, min(options.tokens, context - PROMPT)),
-        "prefill": min(options.prefill, context),
-    }
+    return {"decode": max(1, min(options.tokens, context - PROMPT)), "prefill": min(options.prefill, context)}
 
 
 def _too_large(needed: int, device: torch.device) -> str | None:

@@ -1,9 +1,8 @@
 """A model in memory from a checkpoint that transformers does not read as it is: published 8-bit ones, those
 packed by other methods, and GGUF files.
 
-transformers' own `from_pretrained` builds the model; what it is given in place of a file is a dictionary of
-`Lazy` tensors under the names that an Octavo file would have, each read, and quantized if need be, when it is
-asked for.
+transformers' own `from_pretrained` builds the model; what it is given in place of a file is a dictionary of `Lazy` tensors
+under the names that an Octavo file would have, each read, and quantized if need be, when it is asked for.
 
 Example:
     >>> from octavo.checkpoint import open_source

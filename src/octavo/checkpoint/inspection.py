@@ -109,21 +109,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        summary = {
-            key: getattr(self, key)
-            for key in (
-                "model",
-                "kind",
-                "codebook",
-                "nbytes",
-                "bits_per_weight",
-                "coverage",
-                "against",
-                "error",
-                "skipped",
-                "left",
-            )
-        }
+        keys = ("model", "kind", "codebook", "nbytes", "bits_per_weight", "coverage", "against", "error")
+        summary = {key: getattr(self, key) for key in (*keys, "skipped", "left")}
         rows = [{**asdict(item), "bits": item.bits} for item in self.items]
         return {**summary, "parameters": rows}
 

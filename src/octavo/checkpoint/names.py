@@ -1,9 +1,8 @@
 """From a checkpoint's names to the model's own, as transformers itself maps them.
 
-transformers renames tensors while it loads them, and merges or splits some (experts stored one by one become
-one 3-D parameter). The rules are its `WeightRenaming`s and `WeightConverter`s; they are applied here as
-`transformers.core_model_loading.convert_and_load_state_dict_in_model` does, but to names first and to data
-group by group.
+transformers renames tensors while it loads them, and merges or splits some (experts stored one by one become one 3-D
+parameter). The rules are its `WeightRenaming`s and `WeightConverter`s; they are applied here as
+`transformers.core_model_loading.convert_and_load_state_dict_in_model` does, but to names first and to data group by group.
 
 Example:
     >>> from octavo.checkpoint.names import map_names
@@ -189,9 +188,8 @@ def _complete(group: Group, model: Any, source: Source, expected: dict[str, torc
         turned = source.rows_are_outputs and _is_turned(model, name, source, group)
         if tuple(value.shape) != ((*shape[:-2], shape[-1], shape[-2]) if turned else shape):
             raise CheckpointError(
-                f"{source.folder}: tensor {group.source_names[0]}: expected shape "
-                f"{list(shape)} (config.json), "
-                f"found {list(value.shape)}; the weights and config.json belong to different models"
+                f"{source.folder}: tensor {group.source_names[0]}: expected shape {list(shape)} (config.json), found "
+                f"{list(value.shape)}; the weights and config.json belong to different models"
             )
         group.outputs[name] = tuple(value.shape)
 

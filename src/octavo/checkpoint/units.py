@@ -40,8 +40,7 @@ class Output:
 
     Attributes:
         name: its name in the model.
-        made: its name among what its group makes; differs from `name` for a tied weight stored under its
-            other name.
+        made: its name among what its group makes; differs from `name` for a tied weight stored under its other name.
         shape: its shape in the model.
         dtype: its type, if it stays in float.
         entry: how it is quantized; None if it is not.
@@ -138,8 +137,7 @@ def plan_units(
         requantize: quantize the weights of a published 8-bit checkpoint anew instead of keeping their bytes.
 
     Returns:
-        The units, those that keep alignment first; and names in the checkpoint that the model has no place
-        for.
+        The units, those that keep alignment first; and names in the checkpoint that the model has no place for.
 
     Raises:
         CheckpointError: if parameters of the model are missing from the checkpoint.

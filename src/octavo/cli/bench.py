@@ -45,10 +45,8 @@ def bench(
         octavo bench
         octavo bench ./my-model-8bit --tokens 64 --prefill 512
     """
-    import json
-
     from .checks import check_model
-    from .terminal import quiet_loading, terminal
+    from .terminal import print_json, quiet_loading, terminal
 
     if model is not None:
         check_model(model, "measure")
@@ -65,7 +63,7 @@ def bench(
     with messages.status("Starting") as status:
         found = measure(options, processor_name(), lambda text: status.update(Text(text)))
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
     else:
         _show(found)
 

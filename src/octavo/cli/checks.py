@@ -97,6 +97,16 @@ def check_against(against: str | None) -> None:
         check_model(against)
 
 
+def check_measured(
+    model: str, texts: list[str], window: int | None, stride: int | None, adapter: str | None = None
+) -> None:
+    """Raise ValueError or OSError for what cannot be scored: texts, windows over them, a model that predicts no text."""
+    if window is not None and stride is not None and stride > window:
+        raise ValueError(f"--stride: expected at most --window, {window}, found {stride}")
+    check_texts(texts)
+    check_model(model, "measure perplexity of", adapter=adapter)
+
+
 def check_texts(texts: list[str]) -> None:
     """Raise ValueError or OSError if a file of texts is not there, is empty or is no text. Data sets are asked for later."""
     from octavo.text_files import is_file, read_text

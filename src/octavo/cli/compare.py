@@ -59,18 +59,21 @@ def compare(
             --formats fitted-128,fitted-64,fitted-32
         octavo compare model.Q8_0.gguf --text book.txt --json
     """
-    import json
-
-    from .checks import check_drawing, check_model, check_texts
-    from .terminal import quiet_libraries, quiet_loading, say, steps_progress, terminal, warnings_as_lines
+    from .checks import check_drawing, check_measured
+    from .terminal import (
+        print_json,
+        quiet_libraries,
+        quiet_loading,
+        say,
+        steps_progress,
+        terminal,
+        warnings_as_lines,
+    )
 
     names = check_formats(formats)
-    if window is not None and stride is not None and stride > window:
-        raise ValueError(f"--stride: expected at most --window, {window}, found {stride}")
     if output is not None:
         check_drawing(output, "--output")
-    check_texts(text)
-    check_model(model, "measure perplexity of")
+    check_measured(model, text, window, stride)
 
     from octavo.evaluation.compare import compare as measure
 
@@ -93,7 +96,7 @@ def compare(
     if output is not None:
         _write(found, output)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict())
         return
     _show(found)
     if output is not None:

@@ -3,20 +3,16 @@
 import re
 from typing import Any
 
-import typer
-
 from .options import AsJson
 
 
 def doctor(as_json: AsJson = False) -> None:
     """Print versions, devices, the active kernels, and why. Attach it to a bug report."""
-    import json
-
-    from .terminal import say, show_facts, terminal
+    from .terminal import print_json, say, show_facts, terminal
 
     found = report()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     console = terminal()
     for title, rows in found.items():

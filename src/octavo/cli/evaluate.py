@@ -81,25 +81,28 @@ def evaluate(
         octavo evaluate ./my-model --text wikitext-2 --save-logits base.logits
         octavo evaluate ./my-model-8bit --logits base.logits --text wikitext-2
     """
-    import json
-
     from octavo.checkpoint.writing.output_directory import check_new_file
 
-    from .checks import check_against, check_model, check_texts
-    from .terminal import quiet_libraries, quiet_loading, say, steps_progress, terminal, warnings_as_lines
+    from .checks import check_against, check_measured
+    from .terminal import (
+        print_json,
+        quiet_libraries,
+        quiet_loading,
+        say,
+        steps_progress,
+        terminal,
+        warnings_as_lines,
+    )
 
     if against is not None and logits is not None:
         raise ValueError("--against and --logits: give one of them: the base, or its saved predictions")
     if logits is not None and not logits.is_file():
         raise FileNotFoundError(f"--logits {logits}: no such file; make it with --save-logits")
-    if window is not None and stride is not None and stride > window:
-        raise ValueError(f"--stride: expected at most --window, {window}, found {stride}")
     if save_logits is not None:
         check_new_file(save_logits, f"--save-logits {save_logits}", overwrite=True)
     if report is not None:
         check_drawing(report, "--report")
-    check_texts(text)
-    check_model(model, "measure perplexity of", adapter=adapter)
+    check_measured(model, text, window, stride, adapter)
     check_against(against)
 
     from octavo.evaluation.evaluate import evaluate as measure
@@ -145,7 +148,7 @@ def evaluate(
         with messages.status("Measuring each weight, drawing"):
             write_report(found, report, against=against)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict())
         return
     _show(found)
     out = terminal()

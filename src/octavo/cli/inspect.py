@@ -37,8 +37,6 @@ def inspect(
         octavo inspect ./my-model-8bit
         octavo inspect ./my-model-8bit --against ./my-model
     """
-    import json
-
     from .checks import check_against, check_model
 
     check_model(model)
@@ -46,9 +44,11 @@ def inspect(
 
     from octavo.checkpoint.inspection import report
 
+    from .terminal import print_json
+
     found = report(model, against)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict())
         return
     _show(found)
 

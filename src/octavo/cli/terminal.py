@@ -9,6 +9,7 @@ Example:
     Ready. The model is in models/a[b]
 """
 
+import json
 import re
 import sys
 import warnings
@@ -112,6 +113,11 @@ def show_table(
         if group is not groups[-1]:
             console.print()
         title = ""
+
+
+def print_json(value: Any) -> None:
+    """The result as JSON, for programs."""
+    print(json.dumps(value, indent=2))
 
 
 def show_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:

@@ -1,8 +1,7 @@
 """Formats for weights, as functions: the weight that a format gives back, and the bytes it takes.
 
-Octavo's formats go through its own operations and llama.cpp's through the gguf package; the others are written out here. What a
-format costs a model is then measured on a float model that holds the decoded weights, with no kernel of that format
-needed.
+Octavo's formats go through its own operations and llama.cpp's through the gguf package; the others are written out here. What
+a format costs a model is then measured on a float model that holds the decoded weights, with no kernel of that format needed.
 
     name                      what                                                             bits per weight, about
     float32, bfloat16, ...    plain types                                                      32, 16
@@ -42,16 +41,7 @@ from ..tensor import OctavoTensor
 PUBLISHED_BLOCK = 4096
 GGUF_BLOCK = 32
 # What `octavo compare` compares when it is not told.
-USUAL = (
-    "published",
-    "fitted-4096",
-    "fitted-128",
-    "fitted-64",
-    "fitted-32",
-    "int8-row",
-    "q8_0",
-    "bfloat16",
-)
+USUAL = ("published", "fitted-4096", "fitted-128", "fitted-64", "fitted-32", "int8-row", "q8_0", "bfloat16")
 
 
 class Encoded(NamedTuple):

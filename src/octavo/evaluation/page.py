@@ -124,10 +124,7 @@ def _page(found: Evaluation, folder: Path, drawn: list[str]) -> str:
     ]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        found=found,
-        rows=_rows(found),
-        images=images,
-        everything=json.dumps(found.to_dict(), indent=2),
+        found=found, rows=_rows(found), images=images, everything=json.dumps(found.to_dict(), indent=2)
     )
 
 

@@ -258,10 +258,9 @@ class Phi(Architecture):
 class GptJ(Phi):
     """GPT-J, as the Phi-2 that computes the same.
 
-    llama.cpp has a name for GPT-J but cannot run it. Phi-2 has the same layers: one norm, attention and feed-forward side
-    by side, part of each head rotated, an output with bias. What differs: Phi-2's attention output has a bias (written as
-    zeros), and GPT-J rotates neighbours where Phi-2 rotates entries half the rotated part away (a matter of the rows'
-    order).
+    llama.cpp has a name for GPT-J but cannot run it. Phi-2 has the same layers: one norm, attention and feed-forward side by
+    side, part of each head rotated, an output with bias. What differs: Phi-2's attention output has a bias (written as zeros),
+    and GPT-J rotates neighbours where Phi-2 rotates entries half the rotated part away (a matter of the rows' order).
     """
 
     def feed_forward(self, config: Any) -> int:

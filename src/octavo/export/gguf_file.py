@@ -124,13 +124,9 @@ def export_gguf(
 
 def _name(model: str | Path) -> str:
     path = Path(model)
-    return (
-        path.stem
-        if path.is_file()
-        else path.absolute().name
-        if path.is_dir()
-        else str(model).rpartition("/")[2]
-    )
+    if path.exists():
+        return path.stem if path.is_file() else path.absolute().name
+    return str(model).rpartition("/")[2]
 
 
 class _Export:

@@ -1,9 +1,8 @@
 """Which of llama.cpp's pre-tokenizers cuts texts as a tokenizer of the tokenizers library does.
 
-Before byte-pair merging a text is cut into pieces that no token crosses. llama.cpp has the rules compiled in, and a
-file names one (`tokenizer.ggml.pre`). Here the name is found by what a tokenizer does: it is that of the rule which
-cuts a text full of odd cases into the same pieces. So a new vocabulary trained with known rules is recognized, however
-its rules are written down.
+Before byte-pair merging a text is cut into pieces that no token crosses. llama.cpp has the rules compiled in, and a file names
+one (`tokenizer.ggml.pre`). Here the name is found by what a tokenizer does: it is that of the rule which cuts a text full of
+odd cases into the same pieces. So a new vocabulary trained with known rules is recognized, however its rules are written down.
 
 Example:
     >>> import tokenizers

@@ -1,9 +1,8 @@
 """A tokenizer, as llama.cpp reads it from a GGUF file.
 
-llama.cpp knows two kinds that transformers' causal models use: byte-level byte-pair encoding ("gpt2": tokens and
-merges, and the name of a pre-tokenizer) and SentencePiece's ("llama": tokens with scores; pairs are merged by the
-score of what they become). Whether a text gets tokens before and after it is taken from what the tokenizer does, not
-from how it is described.
+llama.cpp knows two kinds that transformers' causal models use: byte-level byte-pair encoding ("gpt2": tokens and merges, and
+the name of a pre-tokenizer) and SentencePiece's ("llama": tokens with scores; pairs are merged by the score of what they
+become). Whether a text gets tokens before and after it is taken from what the tokenizer does, not from how it is described.
 
 Example:
     >>> import gguf

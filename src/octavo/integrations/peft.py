@@ -112,8 +112,7 @@ def add_published_adapters(model: Any, adapters: dict[str, tuple[torch.Tensor, t
 
     Args:
         model: a transformers model, its base weights frozen.
-        adapters: module name → (down, up): [r, in] and [out, r] for a linear, [num, r] and [dim, r] for an
-            embedding.
+        adapters: module name → (down, up): [r, in] and [out, r] for a linear, [num, r] and [dim, r] for an embedding.
 
     Raises:
         ImportError: if PEFT is not installed, saying how to install it.

@@ -59,8 +59,7 @@ class Adapter:
             self.file = safe_open(self.folder / "adapter_model.safetensors", "pt")
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{folder}: expected a PEFT adapter folder with adapter_config.json and adapter_model.safetensors "
-                f"({error})"
+                f"{folder}: expected a PEFT adapter folder with adapter_config.json and adapter_model.safetensors ({error})"
             ) from error
         asked = "trainable_token_indices" if self.config.get("trainable_token_indices") else "no"
         if self.config.get("peft_type") != "LORA" or asked != "no":

@@ -44,8 +44,7 @@ class MergeResult:
     Attributes:
         out: the folder written.
         changed: names of the weights that the adapter changed.
-        error, power: sums over those of the squared rounding error of 8 bits, and of the squared merged
-            weights.
+        error, power: sums over those of the squared rounding error of 8 bits, and of the squared merged weights.
         untied: names of weights that no longer share one tensor.
         nbytes: bytes of the files of weights.
     """
@@ -80,8 +79,7 @@ def merge(
         adapter: a PEFT LoRA adapter folder.
         out: the folder to write; it appears when it is whole. Until then the work is in `out`.partial, where the same
             call, after an interruption, goes on with it.
-        to: "8bit" (the changed weights get codebooks fitted anew, all others keep their bytes), "float16",
-            "bfloat16".
+        to: "8bit" (the changed weights get codebooks fitted anew, all others keep their bytes), "float16", "bfloat16".
         overwrite: replace `out`, once the new one is whole; and discard unfinished work that does not match.
         max_shard_size: bytes that a file takes at most.
         progress: called with bytes read so far, bytes to read, and the parameter at hand.
@@ -171,8 +169,7 @@ class MergedSource(SourceOver):
             group = (entry.name, *entry.aliases)
             home = next((homes[name] for name in group if name in homes), None)
             if entry.aliases and home is not None and changed & set(group):
-                # The adapter changes one of several names of one tensor: from here on they are several
-                # tensors.
+                # The adapter changes one of several names of one tensor: from here on they are several tensors.
                 homes.update(dict.fromkeys(group, home))
                 self.untied += group
         absent = sorted(changed - homes.keys())

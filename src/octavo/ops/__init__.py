@@ -1,8 +1,7 @@
 """Octavo's operations over plain tensors: quantize, dequantize, linear, linear_transposed, embedding, histogram.
 
-`schema` declares them, `reference` defines them in plain PyTorch, `cpu` and `gpu` register faster kernels for their
-devices. The functions here are the ones to call; each goes through PyTorch's dispatcher to the kernel of the tensors'
-device.
+`schema` declares them, `reference` defines them in plain PyTorch, `cpu` and `gpu` register faster kernels for their devices.
+The functions here are the ones to call; each goes through PyTorch's dispatcher to the kernel of the tensors' device.
 
 Example:
     >>> import torch, octavo.ops as ops

@@ -36,8 +36,7 @@ SCALE_TYPES = (torch.float16, torch.float32)
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 LIBRARY.define(
-    "quantize(Tensor weight, Tensor code, int block_size, ScalarType absmax_dtype)"
-    " -> (Tensor qdata, Tensor absmax)"
+    "quantize(Tensor weight, Tensor code, int block_size, ScalarType absmax_dtype) -> (Tensor qdata, Tensor absmax)"
 )
 LIBRARY.define(
     "dequantize(Tensor qdata, Tensor absmax, Tensor code, int block_size, ScalarType dtype) -> Tensor"
@@ -105,11 +104,7 @@ def _check_input(operation: str, x: torch.Tensor, width: int, qdata: torch.Tenso
         x.dtype in COMPUTE_DTYPES, operation, "type of the input", "float32, float16 or bfloat16", x.dtype
     )
     _require(
-        x.dim() >= 1 and x.shape[-1] == width,
-        operation,
-        "last dimension of the input",
-        width,
-        tuple(x.shape),
+        x.dim() >= 1 and x.shape[-1] == width, operation, "last dimension of the input", width, tuple(x.shape)
     )
     _require(x.device == qdata.device, operation, "device of the input", qdata.device, x.device)
 

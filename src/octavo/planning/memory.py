@@ -209,8 +209,7 @@ def loading(
         config: a transformers configuration.
         octavo_config: how the matrices are stored.
         dtype: type to compute in.
-        quantized: the checkpoint is in 8 bits already. Else one matrix at a time is quantized from its float
-            values.
+        quantized: the checkpoint is in 8 bits already. Else one matrix at a time is quantized from its float values.
     """
     model = quantized_skeleton(config, octavo_config, dtype)
     estimate = _weights(model, device)

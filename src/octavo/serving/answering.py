@@ -148,8 +148,7 @@ class OneAtATime(GenerateManager):
             raise HTTPException(400, "the prompt is empty: give at least one word")
         if self.context is not None and length >= self.context:
             raise HTTPException(
-                400,
-                f"{TOO_LONG} {self.context} tokens, and the prompt alone has {length}: shorten it",
+                400, f"{TOO_LONG} {self.context} tokens, and the prompt alone has {length}: shorten it"
             )
 
     def stop(self) -> None:

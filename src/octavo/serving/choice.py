@@ -74,10 +74,7 @@ def _served_by_vllm(found: Location, adapter: Path | None) -> tuple[bool, str]:
     except (OSError, ValueError):
         return False, "vLLM needs a config.json"
     if (config.get("quantization_config") or {}).get("quant_method") != "octavo":
-        return (
-            False,
-            "the model is not in 8 bits yet; `octavo quantize` makes a folder for vLLM",
-        )
+        return (False, "the model is not in 8 bits yet; `octavo quantize` makes a folder for vLLM")
     from .vllm_engine import serves
 
     return serves((config.get("architectures") or [""])[0], adapter)

@@ -214,8 +214,7 @@ class OctavoTensor(Gathers, torch.Tensor):
     def rewrite_(self, values: torch.Tensor) -> "OctavoTensor":
         """Quantize `values` into this tensor's own storage, so that aliases see the change.
 
-        A fitted codebook is fitted anew; any other, and that of a slice (whose codebook also serves rows outside it),
-        is kept.
+        A fitted codebook is fitted anew; any other, and that of a slice (whose codebook also serves rows outside it), is kept.
 
         Args:
             values: float, of this tensor's shape.

@@ -47,12 +47,10 @@ def tokenize(
     Args:
         records: from `octavo.training.records.read_records`.
         tokenizer: a transformers tokenizer; its end-of-text token is appended.
-        packing: put `text` records one after another and cut the whole into pieces of `max_length`. Default:
-            for .txt.
+        packing: put `text` records one after another and cut the whole into pieces of `max_length`. Default: for .txt.
 
     Raises:
-        ValueError: if packing is asked for and a record is no plain text, or the tokenizer has no end-of-text
-            token.
+        ValueError: if packing is asked for and a record is no plain text, or the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -90,8 +90,7 @@ def finetune_demo(
     """Fine-tune a quantized model on four fifths of a book and measure it on the rest.
 
     Args:
-        model: a transformers model with 8-bit weights, in float32; it is changed in place (adapters are put
-            on).
+        model: a transformers model with 8-bit weights, in float32; it is changed in place (adapters are put on).
         tokenizer: its tokenizer.
         text: a text file; empty lines stand between its chapters.
         output: folder for the adapter and the checkpoints.

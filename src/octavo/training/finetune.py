@@ -137,8 +137,7 @@ def arguments_of(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:
-        # Several GPUs in one process: use the first, never nn.DataParallel. `accelerate launch` uses them
-        # all.
+        # Several GPUs in one process: use the first, never nn.DataParallel. `accelerate launch` uses them all.
         arguments._n_gpu = 1
     return arguments
 

@@ -197,11 +197,7 @@ def takes_chunked_loss(model: Any) -> bool:
 
 
 def language_model_loss(
-    model: Any,
-    inputs: dict[str, torch.Tensor],
-    bare: Any = None,
-    *,
-    select: bool = True,
+    model: Any, inputs: dict[str, torch.Tensor], bare: Any = None, *, select: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A causal language model's summed loss and number of counted tokens, in chunks where the model allows
     it.

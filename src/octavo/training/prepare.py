@@ -62,8 +62,7 @@ def prepare_for_training(
         model: a transformers model with 8-bit weights.
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping what it computed:
             about a third more time for a fraction of the memory.
-        float32_norms: hold the norms in float32. Train under autocast then (the Trainer's bf16=True
-            or fp16=True).
+        float32_norms: hold the norms in float32. Train under autocast then (the Trainer's bf16=True or fp16=True).
 
     Returns:
         The same model.

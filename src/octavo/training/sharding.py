@@ -1,8 +1,7 @@
 """FSDP2 for fine-tuning: the frozen bytes are shared out over the processes, the adapters are whole in each.
 
-`accelerate launch --use_fsdp --fsdp_version 2 -m octavo finetune ...` asks for it. accelerate itself shards on
-accelerators only (on CPUs it silently runs DDP), and would shard the adapters too; so Octavo does it, in the same way
-on every device:
+`accelerate launch --use_fsdp --fsdp_version 2 -m octavo finetune ...` asks for it. accelerate itself shards on accelerators
+only (on CPUs it silently runs DDP), and would shard the adapters too; so Octavo does it, in the same way on every device:
 
 - `fully_shard` (torch) cuts the frozen parameters of each layer, and those outside the layers. A layer's bytes are gathered
   before it runs and freed after it (`octavo.tensor.gathering`).

@@ -82,8 +82,7 @@ class BinSource(Source):
     """A checkpoint of PyTorch pickles: one file, or shards with an index.
 
     Raises:
-        CheckpointError: if a file is damaged or asks to run code, or the index names tensors that are not
-            there.
+        CheckpointError: if a file is damaged or asks to run code, or the index names tensors that are not there.
     """
 
     kind = "bin"

@@ -142,8 +142,7 @@ class _Parser:
 
         if kind not in GGMLQuantizationType._value2member_map_:
             raise CheckpointError(
-                f"{self.path}: tensor {name} has type {kind}, which the gguf package does not know; "
-                "`pip install -U gguf`"
+                f"{self.path}: tensor {name} has type {kind}, which the gguf package does not know; `pip install -U gguf`"
             )
         named = GGMLQuantizationType(kind)
         block, block_bytes = GGML_QUANT_SIZES[named]
@@ -156,7 +155,6 @@ class _Parser:
         end = start + offset + nbytes
         if end > len(self.data):
             raise CheckpointError(
-                f"{self.path} is truncated: tensor {name} ends at byte {end}, the file has {len(self.data)}; "
-                "download it again"
+                f"{self.path} is truncated: tensor {name} ends at byte {end}, the file has {len(self.data)}; download it again"
             )
         return GgufTensor(name, shape, named, start + offset, nbytes)

@@ -1,9 +1,8 @@
 """Read GGUF files (llama.cpp) as float32, under transformers' names.
 
-The file is memory-mapped, each tensor is de-quantized when it is read. What differs between llama.cpp and
-transformers, names and layouts (permuted heads, offset norms, fused experts), is undone by transformers' own
-GGUF support, tensor by tensor: its newer table of weight transforms where that knows the architecture, its
-tensor processors otherwise.
+The file is memory-mapped, each tensor is de-quantized when it is read. What differs between llama.cpp and transformers, names
+and layouts (permuted heads, offset norms, fused experts), is undone by transformers' own GGUF support, tensor by tensor: its
+newer table of weight transforms where that knows the architecture, its tensor processors otherwise.
 
 Example:
     >>> from octavo.checkpoint import open_source
@@ -33,8 +32,7 @@ class GgufSource(Source):
     file's for those of transformers' newer GGUF reader.
 
     Raises:
-        CheckpointError: if the file is damaged, or of an architecture that transformers does not read from
-            GGUF.
+        CheckpointError: if the file is damaged, or of an architecture that transformers does not read from GGUF.
     """
 
     kind = "gguf"

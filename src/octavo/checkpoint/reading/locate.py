@@ -66,8 +66,7 @@ def locate(src: str | Path, hub: Hub = NEWEST) -> Location:
     """Find the files of a checkpoint.
 
     Args:
-        src: a folder, a file, or a hub id, which is downloaded into the hub's cache (only the files that are
-            needed).
+        src: a folder, a file, or a hub id, which is downloaded into the hub's cache (only the files that are needed).
         hub: how a hub id is downloaded; its sub-folder also counts for a folder.
 
     Raises:
@@ -201,8 +200,7 @@ def _locate_in_folder(folder: Path) -> Location:
             f"{folder} holds {len(ggufs)} GGUF files; name one of them: " + ", ".join(p.name for p in ggufs)
         )
     raise CheckpointError(
-        f"{folder}: no weights here; expected model.safetensors, pytorch_model.bin, an index of shards, or a "
-        ".gguf file"
+        f"{folder}: no weights here; expected model.safetensors, pytorch_model.bin, an index of shards, or a .gguf file"
     )
 
 

@@ -5,9 +5,8 @@ Beside every quantized `X.weight` (uint8 [out, in]) lie
     X.absmax  float32 [ceil(out * in / 4096)]   scales of blocks of the flattened matrix
     X.code    float32 [256]                     codebook, bitsandbytes' dynamic map of its day
 
-with `weight[o, i] = code[X.weight[o, i]] * absmax[(o * in + i) // 4096]`, and in fine-tuned ones
-`X.adapter.0.weight` and `X.adapter.2.weight`, a linear (for embeddings: a table) down and a linear up, added
-to the layer's output.
+with `weight[o, i] = code[X.weight[o, i]] * absmax[(o * in + i) // 4096]`, and in fine-tuned ones `X.adapter.0.weight` and
+`X.adapter.2.weight`, a linear (for embeddings: a table) down and a linear up, added to the layer's output.
 
 Blocks of 4096 may run across rows. Cut into blocks of gcd(4096, in), each with a copy of its scale, they do
 not, and hold exactly the same weights.
@@ -56,9 +55,8 @@ def _is_quantized(tensors: Mapping[str, TensorInfo], name: str) -> bool:
 class PublishedSource(SourceOver):
     """A published 8-bit checkpoint over the files of `inner`.
 
-    `tensors` lists what the model has: `X.absmax`, `X.code` and adapters are folded into `X.weight` and
-    `adapters`, mask buffers are in `dropped`. `read` de-quantizes; `read_packed` gives the stored bytes, row
-    by row.
+    `tensors` lists what the model has: `X.absmax`, `X.code` and adapters are folded into `X.weight` and `adapters`, mask
+    buffers are in `dropped`. `read` de-quantizes; `read_packed` gives the stored bytes, row by row.
 
     Raises:
         CheckpointError: if scales or codebook do not fit a weight.
@@ -108,8 +106,7 @@ class PublishedSource(SourceOver):
         table = down.shape == (rows, up.shape[1]) and up.shape[0] == columns
         if not linear and not table:
             raise CheckpointError(
-                f"{self.folder}: the adapter of {base}, {list(down.shape)} and {list(up.shape)}, does not "
-                "fit its weight "
+                f"{self.folder}: the adapter of {base}, {list(down.shape)} and {list(up.shape)}, does not fit its weight "
                 f"{[rows, columns]}; expected [r, {columns}] and [{rows}, r]"
             )
         self.adapters[base] = (down, up)
@@ -156,10 +153,9 @@ class PublishedSource(SourceOver):
         """A quantized weight in Octavo's layout, exactly the published numbers.
 
         Returns:
-            qdata uint8 [out, in], absmax float32 [out, in / B], code float32 [256] ascending with an exact 0,
-            and B = gcd(4096, in). None where no such form exists (B under 32) and, with a warning, where all
-            256 codes are
-            used and none is 0: `read` it and quantize it as `refit_config` says.
+            qdata uint8 [out, in], absmax float32 [out, in / B], code float32 [256] ascending with an exact 0, and B =
+            gcd(4096, in). None where no such form exists (B under 32) and, with a warning, where all 256 codes are used and
+            none is 0: `read` it and quantize it as `refit_config` says.
         """
         block = self.block_size(name)
         if block is None:
@@ -167,8 +163,7 @@ class PublishedSource(SourceOver):
         canonical = _canonical(*self._stored(name))
         if canonical is None:
             warnings.warn(
-                f"{name}: all 256 entries of its codebook are in use and none is 0; it is de-quantized and "
-                "quantized anew",
+                f"{name}: all 256 entries of its codebook are in use and none is 0; it is de-quantized and quantized anew",
                 stacklevel=2,
             )
             return None
@@ -220,8 +215,7 @@ def _flat_block_size(tensors: Mapping[str, TensorInfo], name: str) -> int:
         if -(-count // size) == blocks:
             return size
     raise CheckpointError(
-        f"{info.file}: {base}.absmax: expected {-(-count // 4096)} scales, one for each 4096 weights of "
-        f"{list(info.shape)}, "
+        f"{info.file}: {base}.absmax: expected {-(-count // 4096)} scales, one for each 4096 weights of {list(info.shape)}, "
         f"found {blocks}"
     )
 

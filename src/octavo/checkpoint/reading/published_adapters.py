@@ -1,8 +1,7 @@
 """Low-rank adapters found inside published checkpoints, as PEFT reads them.
 
-A published fine-tuned layer adds `adapter.2(adapter.0(x))` to its output: LoRA with scaling 1. PEFT calls the
-two `lora_A` [r, in] and `lora_B` [out, r], for embeddings `lora_embedding_A` [r, num] and `lora_embedding_B`
-[dim, r].
+A published fine-tuned layer adds `adapter.2(adapter.0(x))` to its output: LoRA with scaling 1. PEFT calls the two `lora_A` [r,
+in] and `lora_B` [out, r], for embeddings `lora_embedding_A` [r, num] and `lora_embedding_B` [dim, r].
 
 Example:
     >>> from octavo.checkpoint.reading.published_adapters import save_peft_adapter

@@ -1,9 +1,8 @@
 """Read safetensors checkpoints, one file or shards, through memory maps.
 
-A file is a little-endian uint64 n, n bytes of JSON header, and the data. The header says for each tensor its
-type, its shape and `data_offsets` [begin, end) from the start of the data, which they cover without holes.
-The header is parsed here rather than by the library, so that a damaged file is explained, and so that pages
-can be given back.
+A file is a little-endian uint64 n, n bytes of JSON header, and the data. The header says for each tensor its type, its shape
+and `data_offsets` [begin, end) from the start of the data, which they cover without holes. The header is parsed here rather
+than by the library, so that a damaged file is explained, and so that pages can be given back.
 
 Example:
     >>> from octavo.checkpoint.reading.safetensors_source import read_header
@@ -66,8 +65,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
     starts.
 
     Raises:
-        CheckpointError: if the file is truncated, not safetensors, or its header contradicts itself or the
-            file.
+        CheckpointError: if the file is truncated, not safetensors, or its header contradicts itself or the file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -81,8 +79,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
         start = 8 + length
         if start > size:
             raise CheckpointError(
-                f"{path} is truncated: its header alone takes {start} bytes, the file has {size}; "
-                "download it again"
+                f"{path} is truncated: its header alone takes {start} bytes, the file has {size}; download it again"
             )
         raw = file.read(length)
     try:
@@ -151,8 +148,7 @@ def _check_layout(path: Path, entries: dict[str, Entry], data_size: int) -> None
         if entry.end > data_size:
             needed = max(e.end for e in entries.values())
             raise CheckpointError(
-                f"{path} is truncated: tensor {name} ends at byte {entry.end} of the data, the file holds "
-                f"{data_size} "
+                f"{path} is truncated: tensor {name} ends at byte {entry.end} of the data, the file holds {data_size} "
                 f"({needed - data_size} bytes are missing); download it again"
             )
         if entry.begin != position:
@@ -208,8 +204,7 @@ class SafetensorsSource(Source):
             return torch.empty(entry.shape, dtype=entry.dtype)
         if path not in self._maps:
             with path.open("rb") as file:
-                # Copy-on-write: torch warns about read-only memory, and a stray write must not reach the
-                # file.
+                # Copy-on-write: torch warns about read-only memory, and a stray write must not reach the file.
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         flat = torch.frombuffer(self._maps[path], dtype=torch.uint8, count=count, offset=offset)
         if offset % entry.dtype.itemsize:

@@ -13,40 +13,15 @@ Example:
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-WEIGHTS = frozenset(
-    {
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".h5",
-        ".hdf5",
-        ".keras",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-        ".gguf",
-    }
-    | {
-        ".ggml",
-        ".ot",
-        ".tflite",
-        ".pb",
-        ".npz",
-        ".pkl",
-        ".pickle",
-        ".mlmodel",
-        ".mlpackage",
-        ".engine",
-        ".nemo",
-        ".pte",
-    }
-    | {".llamafile", ".distcp"}
+# Ends of names of files of weights, in any format.
+WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|h5|hdf5|keras|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|pb|npz|pkl|pickle|mlmodel|mlpackage"
+    r"|engine|nemo|pte|llamafile|distcp)$|\.onnx_data"
 )
 # Files in which some methods say how they packed the weights.
 SIDECARS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
@@ -94,7 +69,7 @@ def choose_side_files(
 
 def is_weights(path: PurePosixPath) -> bool:
     """Whether a file's name is that of weights, in any format."""
-    return path.suffix in WEIGHTS or ".onnx_data" in path.name
+    return WEIGHTS.search(path.name) is not None
 
 
 def sentence_parts(modules: Path) -> list[str]:

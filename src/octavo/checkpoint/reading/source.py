@@ -130,8 +130,7 @@ class Source:
         """The transformers configuration object of the model.
 
         Raises:
-            CheckpointError: if this transformers does not know the architecture, or it needs code from the
-                checkpoint.
+            CheckpointError: if this transformers does not know the architecture, or it needs code from the checkpoint.
         """
         from transformers import AutoConfig
 

@@ -50,8 +50,7 @@ def convert(
         out: the folder to write. It appears when it is whole; until then the work is in `out`.partial.
         config: how to quantize. Default: `OctavoConfig()`. A published 8-bit checkpoint keeps its own
             codebooks and scales whatever it says, unless `requantize`.
-        overwrite: replace `out`, once the new one is whole; and discard an interrupted conversion that does
-            not match.
+        overwrite: replace `out`, once the new one is whole; and discard an interrupted conversion that does not match.
         max_shard_size: bytes that a file of weights takes at most.
         requantize: de-quantize a published 8-bit checkpoint and quantize it anew as `config` says.
         calibration: chooses codes by the error of each matrix's output on a text; the whole model, in 8 bits, is
@@ -64,8 +63,7 @@ def convert(
     Raises:
         CheckpointError: if the source is damaged, holds NaN or infinity, or is in Octavo's format already; if
             `out` is in the way; if the disk is full (what is done stays, to be gone on with).
-        octavo.model.CoverageError: if more than 1 % of the matrices would stay in float without having been
-            skipped.
+        octavo.model.CoverageError: if more than 1 % of the matrices would stay in float without having been skipped.
     """
     if not isinstance(source, Source):
         with open_source(source) as opened:

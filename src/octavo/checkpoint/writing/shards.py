@@ -1,8 +1,7 @@
 """Write safetensors files tensor after tensor, without holding one in memory.
 
-The library wants all tensors of a file at once. Here room for the header is left at the front (its length is
-known from names and shapes up to a few digits, and a header may end in spaces), the data follows as it comes,
-the header is written last.
+The library wants all tensors of a file at once. Here room for the header is left at the front (its length is known from names
+and shapes up to a few digits, and a header may end in spaces), the data follows as it comes, the header is written last.
 
 Example:
     >>> import torch
@@ -56,8 +55,7 @@ class ShardFile:
     Args:
         path: the file; created, or opened to go on.
         room: bytes left for the header, `header_room` of its tensors.
-        rows: what an interrupted run has finished in it: name → (type, shape, begin, end); the rest is cut
-            off.
+        rows: what an interrupted run has finished in it: name → (type, shape, begin, end); the rest is cut off.
     """
 
     def __init__(

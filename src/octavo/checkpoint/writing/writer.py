@@ -40,8 +40,7 @@ from .shards import ShardFile, header_room, plan_shards, shard_names
 from .unit_writer import Row, write_unit
 
 MAX_SHARD_SIZE = 5_000_000_000
-# A unit's line is written once its data is synced; syncing after every norm would cost more than redoing this
-# much.
+# A unit's line is written once its data is synced; syncing after every norm would cost more than redoing this much.
 SYNC_EVERY = 64 << 20
 # Config files and tokenizer.
 ASIDE_BYTES = 64 << 20

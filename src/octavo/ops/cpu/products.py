@@ -133,16 +133,21 @@ def linear_fast(x, qdata, absmax, code, block_size, bias=None):
     code = code.contiguous()
     if not _fused(tokens, dtype, code):
         if tokens <= MANY_TOKENS[dtype]:
-            many = native.library.linear_many
-            out, done = _native(many, x, qdata, absmax, code, block_size, bias, tokens)
-            if done:
+            out = _linear_many(x, qdata, absmax, code, block_size, bias, tokens)
+            if out is not None:
                 return out
         return _linear_panels(x, qdata, absmax, code, block_size, bias)
     return _native(native.library.linear, x, qdata, absmax, code, block_size, bias, tokens)[0]
 
 
+def _linear_many(*arguments):
+    """Many tokens in one native call, or None where the kernels, the codebook or the blocks do not allow it."""
+    out, done = _native(native.library.linear_many, *arguments)
+    return out if done else None
+
+
 def _native(function, x, qdata, absmax, code, block_size, bias, tokens):
-    """A product in one native call, and what the call says: whether the kernels, the codebook and the blocks allow it."""
+    """A product in one native call, and what the call says."""
     out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype)
     # A name for each, so that a copy lives as long as its address is used.
     x, qdata, absmax, code = x.contiguous(), qdata.contiguous(), absmax.contiguous(), code.contiguous()
