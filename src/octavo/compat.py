@@ -130,9 +130,8 @@ def _load(source: Any, name: Any, args: Any, dtype: Any, device_map: Any, kwargs
             f"from_pretrained: use_safetensors: {source.folder} holds {source.files[0].name} instead"
         )
     named = set(inspect.signature(modeling_gptj.GPTJForCausalLM.from_pretrained).parameters)
-    for option in (*HUB_OPTIONS, *IGNORED, *(named - {"config", "kwargs"})):
-        kwargs.pop(option, None)
-    for option in ("revision", "subfolder", "adapter_name"):
+    others = ("revision", "subfolder", "adapter_name", *(named - {"config", "kwargs"}))
+    for option in (*HUB_OPTIONS, *IGNORED, *others):
         kwargs.pop(option, None)
     config, loading = kwargs.pop("config", None), {key: kwargs.pop(key) for key in LOADING if key in kwargs}
     if isinstance(config, PreTrainedConfig):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.writing.durable import put_in_place, write_json
+from ..checkpoint.writing.output_directory import check_writable
 from .evaluate import Evaluation, exp_interval, percent
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -35,16 +36,12 @@ CAPTIONS = {
 
 
 def check_report(folder: str | Path) -> None:
-    """Raise OSError or ImportError now, before hours of work, if the report could not be written."""
+    """Raise CheckpointError or ImportError now, before hours of work, if the report could not be written."""
     from .plots import require_matplotlib
 
     require_matplotlib()
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--report {folder}: expected a folder, found a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    check_writable(Path(folder), f"--report {folder}")
+    Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def write_report(found: Evaluation, folder: str | Path, against: str | Path | None = None) -> list[Path]:

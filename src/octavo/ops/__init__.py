@@ -41,22 +41,19 @@ def scale_dtype(weight: torch.Tensor, block_size: int) -> torch.dtype:
     Args:
         weight: float [N, K], finite.
     """
+    # The least scale that is not zero, and the largest.
     if weight.device.type == "cpu" and cpu.AVAILABLE and weight.numel():
         smallest, largest = cpu.scale_range(weight, block_size)
-        return torch.float16 if _fits_half(smallest, largest) else torch.float32
-    smallest, largest = torch.inf, 0.0
-    for start, stop in reference.row_panels(*weight.shape):
-        absmax = reference.block_absmax(weight[start:stop].to(torch.float32), block_size, torch.float32)
-        positive = absmax[absmax > 0]
-        if positive.numel():
-            low, high = torch.aminmax(positive)
-            smallest, largest = min(smallest, low.item()), max(largest, high.item())
-    return torch.float16 if _fits_half(smallest, largest) else torch.float32
-
-
-def _fits_half(smallest: float, largest: float) -> bool:
-    """Whether scales from `smallest`, the least that is not zero, to `largest` lie in float16's normal range."""
-    return largest == 0.0 or (smallest >= HALF_SMALLEST_NORMAL and largest <= HALF_LARGEST)
+    else:
+        smallest, largest = torch.inf, 0.0
+        for start, stop in reference.row_panels(*weight.shape):
+            absmax = reference.block_absmax(weight[start:stop].to(torch.float32), block_size, torch.float32)
+            positive = absmax[absmax > 0]
+            if positive.numel():
+                low, high = torch.aminmax(positive)
+                smallest, largest = min(smallest, low.item()), max(largest, high.item())
+    fits = largest == 0.0 or (smallest >= HALF_SMALLEST_NORMAL and largest <= HALF_LARGEST)
+    return torch.float16 if fits else torch.float32
 
 
 def quantize(

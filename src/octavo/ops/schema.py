@@ -100,42 +100,41 @@ def check_packed(
 
 
 def _check_input(operation: str, x: torch.Tensor, width: int, qdata: torch.Tensor) -> None:
-    _require(
-        x.dtype in COMPUTE_DTYPES, operation, "type of the input", "float32, float16 or bfloat16", x.dtype
-    )
-    _require(
-        x.dim() >= 1 and x.shape[-1] == width, operation, "last dimension of the input", width, tuple(x.shape)
-    )
+    _check_dtype(operation, "type of the input", x.dtype)
+    fits = x.dim() >= 1 and x.shape[-1] == width
+    _require(fits, operation, "last dimension of the input", width, tuple(x.shape))
     _require(x.device == qdata.device, operation, "device of the input", qdata.device, x.device)
 
 
+def _check_weight(operation: str, weight: torch.Tensor, block_size: int, absmax_dtype: torch.dtype) -> None:
+    """A weight to be quantized, and how."""
+    _check_block_size(operation, block_size)
+    _require(weight.dim() == 2, operation, "dimensions of the weight", 2, weight.dim())
+    _require(weight.is_floating_point(), operation, "type of the weight", "floating point", weight.dtype)
+    _require(absmax_dtype in SCALE_TYPES, operation, "type of the scales", "float16 or float32", absmax_dtype)
+
+
+def _check_dtype(operation: str, what: str, dtype: torch.dtype) -> None:
+    _require(dtype in COMPUTE_DTYPES, operation, what, "float32, float16 or bfloat16", dtype)
+
+
 def check_quantize(weight, code, block_size, absmax_dtype) -> None:
-    _check_block_size("quantize", block_size)
-    _require(weight.dim() == 2, "quantize", "dimensions of the weight", 2, weight.dim())
-    _require(weight.is_floating_point(), "quantize", "type of the weight", "floating point", weight.dtype)
+    _check_weight("quantize", weight, block_size, absmax_dtype)
     _check_code("quantize", code)
-    _require(
-        absmax_dtype in SCALE_TYPES, "quantize", "type of the scales", "float16 or float32", absmax_dtype
-    )
     _require(weight.device == code.device, "quantize", "device of code", weight.device, code.device)
 
 
 def check_dequantize(qdata, absmax, code, block_size, dtype) -> None:
     check_packed("dequantize", qdata, absmax, code, block_size)
-    _require(dtype in COMPUTE_DTYPES, "dequantize", "type asked for", "float32, float16 or bfloat16", dtype)
+    _check_dtype("dequantize", "type asked for", dtype)
 
 
 def check_linear(x, qdata, absmax, code, block_size, bias=None) -> None:
     check_packed("linear", qdata, absmax, code, block_size)
     _check_input("linear", x, qdata.shape[1], qdata)
     if bias is not None:
-        _require(
-            tuple(bias.shape) == (qdata.shape[0],),
-            "linear",
-            "shape of bias",
-            (qdata.shape[0],),
-            tuple(bias.shape),
-        )
+        expected, found = (qdata.shape[0],), tuple(bias.shape)
+        _require(found == expected, "linear", "shape of bias", expected, found)
         _require(bias.device == x.device, "linear", "device of bias", x.device, bias.device)
 
 
@@ -148,17 +147,12 @@ def check_embedding(ids, qdata, absmax, code, block_size, dtype) -> None:
     check_packed("embedding", qdata, absmax, code, block_size)
     _require(ids.dtype in (torch.int64, torch.int32), "embedding", "type of ids", "int64 or int32", ids.dtype)
     _require(ids.device == qdata.device, "embedding", "device of ids", qdata.device, ids.device)
-    _require(dtype in COMPUTE_DTYPES, "embedding", "type asked for", "float32, float16 or bfloat16", dtype)
+    _check_dtype("embedding", "type asked for", dtype)
 
 
 def check_histogram(weight, block_size, bins, absmax_dtype) -> None:
-    _check_block_size("histogram", block_size)
-    _require(weight.dim() == 2, "histogram", "dimensions of the weight", 2, weight.dim())
-    _require(weight.is_floating_point(), "histogram", "type of the weight", "floating point", weight.dtype)
+    _check_weight("histogram", weight, block_size, absmax_dtype)
     _require(bins >= 3 and bins % 2 == 1, "histogram", "bins", "an odd number of at least 3", bins)
-    _require(
-        absmax_dtype in SCALE_TYPES, "histogram", "type of the scales", "float16 or float32", absmax_dtype
-    )
 
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -194,41 +188,48 @@ def implementation(operation: str, dispatch_key: str) -> Callable[[Callable], Ca
     return register
 
 
-@torch.library.register_fake(f"{NAMESPACE}::quantize", lib=LIBRARY)
+def _shapes_of(operation: str) -> Callable[[Callable], None]:
+    """Register a function as the shape (fake) version of `operation`, behind its checks."""
+
+    def register(function: Callable) -> None:
+        def checked(*args):
+            CHECKS[operation](*args)
+            return function(*args)
+
+        torch.library.register_fake(f"{NAMESPACE}::{operation}", checked, lib=LIBRARY)
+
+    return register
+
+
+@_shapes_of("quantize")
 def _(weight, code, block_size, absmax_dtype):
-    check_quantize(weight, code, block_size, absmax_dtype)
     rows, columns = weight.shape
     qdata = weight.new_empty((rows, columns), dtype=torch.uint8)
     return qdata, weight.new_empty((rows, blocks_per_row(columns, block_size)), dtype=absmax_dtype)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::dequantize", lib=LIBRARY)
+@_shapes_of("dequantize")
 def _(qdata, absmax, code, block_size, dtype):
-    check_dequantize(qdata, absmax, code, block_size, dtype)
     return qdata.new_empty(qdata.shape, dtype=dtype)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear", lib=LIBRARY)
+@_shapes_of("linear")
 def _(x, qdata, absmax, code, block_size, bias=None):
-    check_linear(x, qdata, absmax, code, block_size, bias)
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::linear_transposed", lib=LIBRARY)
+@_shapes_of("linear_transposed")
 def _(x, qdata, absmax, code, block_size):
-    check_linear_transposed(x, qdata, absmax, code, block_size)
     return x.new_empty((*x.shape[:-1], qdata.shape[1]))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::embedding", lib=LIBRARY)
+@_shapes_of("embedding")
 def _(ids, qdata, absmax, code, block_size, dtype):
-    check_embedding(ids, qdata, absmax, code, block_size, dtype)
     return qdata.new_empty((*ids.shape, qdata.shape[1]), dtype=dtype)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::histogram", lib=LIBRARY)
+@_shapes_of("histogram")
 def _(weight, block_size, bins, absmax_dtype):
-    check_histogram(weight, block_size, bins, absmax_dtype)
     return weight.new_empty((bins,), dtype=torch.int64)
 
 

@@ -73,47 +73,27 @@ def _room(weight: OctavoTensor, size, make: str, device):
     return like(weight, qdata, absmax, code.to(device))
 
 
-def _plain(weight: OctavoTensor, size, make: str, dtype, device, fill=None):
-    arguments = (list(size),) if fill is None else (list(size), fill)
-    return getattr(torch, make)(*arguments, dtype=dtype or weight.dtype, device=device or weight.device)
+def _makes(make: str, *operations, shards: bool = False) -> None:
+    """New tensors after the model of a weight, by the function of torch that `make` names; `shards`: FSDP2 asks for such ones."""
+
+    @handles(*operations)
+    def new(
+        weight, size=None, *fill, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None
+    ):
+        size = weight.shape if size is None else size
+        room = _room(weight, size, make, device) if shards else NotImplemented
+        if room is not NotImplemented:
+            return room
+        return getattr(torch, make)(
+            list(size), *fill, dtype=dtype or weight.dtype, device=device or weight.device
+        )
 
 
-@handles(aten.new_zeros.default)
-def new_zeros(weight, size, *, dtype=None, layout=None, device=None, pin_memory=None):
-    room = _room(weight, size, "zeros", device)
-    return _plain(weight, size, "zeros", dtype, device) if room is NotImplemented else room
-
-
-@handles(aten.new_empty.default)
-def new_empty(weight, size, *, dtype=None, layout=None, device=None, pin_memory=None):
-    room = _room(weight, size, "empty", device)
-    return _plain(weight, size, "empty", dtype, device) if room is NotImplemented else room
-
-
-@handles(aten.empty_like.default)
-def empty_like(weight, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    room = _room(weight, weight.shape, "empty", device)
-    return _plain(weight, weight.shape, "empty", dtype, device) if room is NotImplemented else room
-
-
-@handles(aten.zeros_like.default)
-def zeros_like(weight, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    return _plain(weight, weight.shape, "zeros", dtype, device)
-
-
-@handles(aten.ones_like.default)
-def ones_like(weight, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    return _plain(weight, weight.shape, "ones", dtype, device)
-
-
-@handles(aten.new_ones.default)
-def new_ones(weight, size, *, dtype=None, layout=None, device=None, pin_memory=None):
-    return _plain(weight, size, "ones", dtype, device)
-
-
-@handles(aten.new_full.default)
-def new_full(weight, size, fill_value, *, dtype=None, layout=None, device=None, pin_memory=None):
-    return _plain(weight, size, "full", dtype, device, fill_value)
+_makes("zeros", aten.new_zeros.default, shards=True)
+_makes("empty", aten.new_empty.default, aten.empty_like.default, shards=True)
+_makes("zeros", aten.zeros_like.default)
+_makes("ones", aten.new_ones.default, aten.ones_like.default)
+_makes("full", aten.new_full.default)
 
 
 @handles(torch.Tensor.share_memory_, with_history=True)

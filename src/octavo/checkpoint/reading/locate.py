@@ -88,9 +88,17 @@ def _locate(src: str | Path, hub: Hub) -> Location:
     repository, _, name = text.rpartition("/")
     if text.endswith(".gguf") and HUB_ID.match(repository) and not path.is_absolute():
         return _locate_file(download(repository, hub, only=name) / name)
-    if HUB_ID.match(text) and not path.is_absolute() and not text.startswith("."):
-        return _locate_in_folder(download(text, hub) / hub.subfolder)
-    raise CheckpointError(f"{src}: no such file or folder, and not a hub id of the form organization/name")
+    return _locate_in_folder(download(_hub_id(src), hub) / hub.subfolder)
+
+
+def _hub_id(src: str | Path) -> str:
+    """What is found nowhere here, as a hub id. Raises CheckpointError if it cannot be one."""
+    text = str(src)
+    if not HUB_ID.match(text) or Path(text).expanduser().is_absolute() or text.startswith("."):
+        raise CheckpointError(
+            f"{src}: no such file or folder, and not a hub id of the form organization/name"
+        )
+    return text
 
 
 def _locate_file(path: Path) -> Location:
@@ -128,12 +136,7 @@ def locate_config(src: str | Path) -> Path | None:
         if path.suffix == ".gguf":
             return None
         raise CheckpointError(f"{src}: expected a model's folder with a config.json, found none in it")
-    text = str(src)
-    if path.is_absolute() or text.startswith(".") or not HUB_ID.match(text):
-        raise CheckpointError(
-            f"{src}: no such file or folder, and not a hub id of the form organization/name"
-        )
-    return download(text, only="config.json") / "config.json"
+    return download(_hub_id(src), only="config.json") / "config.json"
 
 
 def locate_adapter(adapter: str | Path) -> None:

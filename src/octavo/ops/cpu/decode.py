@@ -19,16 +19,8 @@ def dequantize(qdata, absmax, code, block_size, dtype):
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
     rows, columns = qdata.shape
     out = torch.empty((rows, columns), dtype=dtype)
-    native.library.dequantize(
-        *native.matrix(qdata, absmax, code, block_size),
-        0,
-        rows,
-        0,
-        columns,
-        out.data_ptr(),
-        TYPES[dtype],
-        torch.get_num_threads(),
-    )
+    matrix, threads = native.matrix(qdata, absmax, code, block_size), torch.get_num_threads()
+    native.library.dequantize(*matrix, 0, rows, 0, columns, out.data_ptr(), TYPES[dtype], threads)
     return out
 
 
@@ -38,14 +30,9 @@ def embedding(ids, qdata, absmax, code, block_size, dtype):
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     columns = qdata.shape[1]
     out = torch.empty((*ids.shape, columns), dtype=dtype)
-    bad = native.library.embedding(
-        *native.matrix(qdata, absmax, code, block_size),
-        flat.data_ptr(),
-        flat.shape[0],
-        out.data_ptr(),
-        TYPES[dtype],
-        torch.get_num_threads(),
-    )
+    matrix, threads = native.matrix(qdata, absmax, code, block_size), torch.get_num_threads()
+    asked = (flat.data_ptr(), flat.shape[0])
+    bad = native.library.embedding(*matrix, *asked, out.data_ptr(), TYPES[dtype], threads)
     if bad >= 0:
         raise IndexError(
             f"octavo.embedding: id {int(flat[bad])} is outside the table's {qdata.shape[0]} rows"

@@ -67,17 +67,9 @@ def histogram(weight, block_size, bins, absmax_dtype):
     weight = _weight(weight)
     rows, columns = weight.shape
     counts = torch.empty(bins, dtype=torch.int64)
-    finite = native.library.histogram(
-        weight.data_ptr(),
-        TYPES[weight.dtype],
-        rows,
-        columns,
-        block_size,
-        bins,
-        absmax_dtype is torch.float16,
-        counts.data_ptr(),
-        torch.get_num_threads(),
-    )
+    half, threads = absmax_dtype is torch.float16, torch.get_num_threads()
+    given = (weight.data_ptr(), TYPES[weight.dtype], rows, columns, block_size)
+    finite = native.library.histogram(*given, bins, half, counts.data_ptr(), threads)
     if not finite:
         _raise_not_finite("histogram", weight)
     return counts
@@ -87,9 +79,7 @@ def squared_error(weight, qdata, absmax, code, block_size) -> tuple[float, float
     """Sums of (weight - quantized weight)² and of weight² over a matrix [N, K]: in float32 along a row, in float64 over rows."""
     weight = _weight(weight)
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
+    stored = native.matrix(qdata, absmax, code, block_size)
     return native.library.squared_error(
-        weight.data_ptr(),
-        TYPES[weight.dtype],
-        *native.matrix(qdata, absmax, code, block_size),
-        torch.get_num_threads(),
+        weight.data_ptr(), TYPES[weight.dtype], *stored, torch.get_num_threads()
     )
