@@ -1,11 +1,16 @@
 // Kernels for AVX2 with FMA and F16C. A codebook of segments is computed (segments256.h), and so is the dynamic map
-// (dynamic256.h). Any other: exact float32 looks it up by
-// gathers; fixed point, in registers.
+// (dynamic256.h). Any other is looked up: by gathers for exact float32, in registers for fixed point.
 //
-// pshufb looks a byte up among sixteen by the low four bits of an index, and gives zero where its top bit is set. Taking 16 off
-// the indices again and again, with saturation, turns those below a run of sixteen entries negative: at step h only indices
-// from 16 h on still count. Each step's table is the exclusive or of a run with the one before, so what the steps of an
-// index add up to is the entry of its own run. Indices from 128 on start negative and take their turn with the top bit flipped.
+// pshufb looks a byte up among sixteen by the low four bits of an index, and gives zero where the index's top bit is set. Taking 16
+// off the indices again and again, with saturation, turns those below a run of sixteen entries negative: at step h only indices
+// from 16 h on still count. The table of a step is the exclusive or of a run with the one before, so the steps of an index add up
+// (by exclusive or) to the entry of its own run. Indices from 128 on start negative: their turn comes with the top bit flipped.
+//
+//   step     index        pshufb gives          sum so far
+//   0        0x25 (37)    run0[5]               run0[5]
+//   1        0x15 (21)    run1[5] ^ run0[5]     run1[5]
+//   2        0x05 (5)     run2[5] ^ run1[5]     run2[5], which is entry 37
+//   3 to 7   0xf5 ...     0 (top bit is set)    run2[5]
 #include "dynamic256.h"
 #include "kernels.h"
 #include "tiles256.h"
@@ -30,7 +35,7 @@ struct Avx2 : Simd256 {
   };
   static OCTAVO_INLINE FixedCodes load_fixed_codes(const Table& t) { return {t.steps}; }
 
-  template <int M, int Parts>
+  template <int M, int PerChunk>
   static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* factors,
                                         int64_t c, const int16_t* x, int64_t stride, V (&acc)[M]) {
     I low[2] = {}, high[2] = {}, bytes[2];
@@ -50,7 +55,7 @@ struct Avx2 : Simd256 {
     for (int h = 0; h < 2; h++) {
       // Lanes of 128 bits: each holds sixteen weights, the first eight in `even`.
       const I even = _mm256_unpacklo_epi8(low[h], high[h]), odd = _mm256_unpackhi_epi8(low[h], high[h]);
-      add_half<M, Parts>(even, odd, h, factors, c, x, stride, acc);
+      add_half<M, PerChunk>(even, odd, h, factors, c, x, stride, acc);
     }
   }
   static OCTAVO_INLINE I run_of(const uint8_t* steps, int step) {
@@ -82,7 +87,7 @@ constexpr Kernels computed() {
           absmax<S>, encode<S>, deviate<S>, count<S>, tile_input<S>, tile_rows<S>, tile_transposed<S>};
 }
 
-// What needs exact values, or is done once for many tokens, looks them up.
+// What needs exact values, or decodes once for a block of tokens, looks them up.
 constexpr Kernels dynamic_map{
     "avx2", prepare_dynamic, widen<Avx2>, narrow<Avx2>, to_fixed256, dot<Dynamic256>, dot_fixed<Dynamic256>, nullptr, transposed<Avx2>,
     dequantize<Avx2>, absmax<Avx2>, encode<Avx2>, deviate<Avx2>, count<Avx2>};

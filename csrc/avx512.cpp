@@ -69,10 +69,10 @@ struct Avx512 : Simd512 {
     low = fixed_of(codes, _mm512_castsi512_si256(i));
     high = fixed_of(codes, _mm512_extracti64x4_epi64(i, 1));
   }
-  template <int M, int Parts>
+  template <int M, int PerChunk>
   static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* factors,
                                         int64_t c, const int16_t* x, int64_t stride, V (&acc)[M]) {
-    fixed_chunk512<Avx512, M, Parts>(codes, q, factors, c, x, stride, acc);
+    fixed_chunk512<Avx512, M, PerChunk>(codes, q, factors, c, x, stride, acc);
   }
   static OCTAVO_INLINE __m512i madd(__m512i sum, __m512i a, __m512i b) {
     return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));

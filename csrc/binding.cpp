@@ -49,20 +49,20 @@ void linear(Address qdata, Address absmax, bool half, Address code, int64_t rows
 }
 
 // False, and nothing done, where the kernels do not have it for such a matrix.
-bool linear_many(Address qdata, Address absmax, bool half, Address code, int64_t rows, int64_t columns, int64_t block,
+bool linear_gemm(Address qdata, Address absmax, bool half, Address code, int64_t rows, int64_t columns, int64_t block,
                  Address x, int type, int64_t tokens, Address bias, int bias_type, Address out, int threads) {
   nb::gil_scoped_release released;
   const octavo::Matrix m = matrix(qdata, absmax, half, code, rows, columns, block);
   const octavo::DType t = type_of(type);
-  if (t != octavo::kBFloat16 || !octavo::has_many(kernels(), m))
+  if (t != octavo::kBFloat16 || !octavo::has_gemm(kernels(), m))
     return octavo::linear_tiles(kernels(), m, at<const void>(x), t, tokens, at<const void>(bias), type_of(bias_type), at<void>(out),
                                 threads);
-  octavo::linear_many(kernels(), m, at<const void>(x), tokens, at<const void>(bias), type_of(bias_type), at<void>(out),
+  octavo::linear_gemm(kernels(), m, at<const void>(x), tokens, at<const void>(bias), type_of(bias_type), at<void>(out),
                       threads);
   return true;
 }
 
-bool linear_transposed_many(Address qdata, Address absmax, bool half, Address code, int64_t rows, int64_t columns,
+bool linear_transposed_gemm(Address qdata, Address absmax, bool half, Address code, int64_t rows, int64_t columns,
                             int64_t block, Address x, int type, int64_t tokens, Address out, int threads) {
   nb::gil_scoped_release released;
   return octavo::linear_transposed_tiles(kernels(), matrix(qdata, absmax, half, code, rows, columns, block), at<const void>(x),
@@ -155,9 +155,9 @@ void choose(const std::string& name) {
 NB_MODULE(_native, m) {
   m.doc() = "Octavo's CPU kernels on raw pointers; use octavo.ops.";
   m.def("linear", &linear);
-  m.def("linear_many", &linear_many);
+  m.def("linear_gemm", &linear_gemm);
   m.def("linear_transposed", &linear_transposed);
-  m.def("linear_transposed_many", &linear_transposed_many);
+  m.def("linear_transposed_gemm", &linear_transposed_gemm);
   m.def("dequantize", &dequantize);
   m.def("embedding", &embedding);
   m.def("quantize", &quantize);

@@ -71,13 +71,13 @@ struct Dynamic256 : Simd256 {
     odd = _mm256_sign_epi16(odd, _mm256_unpackhi_epi8(s, s));
   }
 
-  template <int M, int Parts>
+  template <int M, int PerChunk>
   static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* factors,
                                         int64_t c, const int16_t* x, int64_t stride, V (&acc)[M]) {
     for (int h = 0; h < 2; h++) {
       I even, odd;
       integers(codes, _mm256_loadu_si256(reinterpret_cast<const I*>(q + 32 * h)), even, odd);
-      add_half<M, Parts>(even, odd, h, factors, c, x, stride, acc);
+      add_half<M, PerChunk>(even, odd, h, factors, c, x, stride, acc);
     }
   }
 };

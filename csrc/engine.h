@@ -1,7 +1,7 @@
 // The kernels, written once over a policy `S` that names an instruction set's vectors and table look-up.
 //
 // S provides: L lanes of float32 in V, arithmetic on V, loads and stores of every type, `Codes` (a codebook in registers)
-// with `decode` (64 indices → 64 values in order), and `Middles` with `encode` (the nearest code). The translation units
+// with `decode` (64 indices → 64 values in order), and `Boundaries` with `encode` (the nearest code). The translation units
 // portable.cpp, avx2.cpp, avx512.cpp and vbmi.cpp include this, each built with its own flags, so everything here has
 // internal linkage and uses no standard library templates, which the linker would merge across them.
 #pragma once
@@ -103,13 +103,13 @@ void narrow(const float* values, int64_t count, void* out, DType type, int64_t f
   return narrow_as<S, kBFloat16>(values, count, out, first);
 }
 
-// Scales of one row for the chunks [chunk0, chunk1), `parts` to a chunk, zero where the row has ended.
+// Scales of one row for the chunks [chunk0, chunk1), `per_chunk` of them to each, zero where the row has ended.
 template <class S>
-void expand_scales(const Scales& s, int64_t row, int64_t columns, int64_t parts, int64_t chunk0, int64_t chunk1,
+void expand_scales(const Scales& s, int64_t row, int64_t columns, int64_t per_chunk, int64_t chunk0, int64_t chunk1,
                    float* out) {
   const DType type = s.half ? kFloat16 : kFloat32;
-  const int64_t unit = kChunk / parts, first = row * s.per_row;
-  const int64_t begin = chunk0 * parts, end = chunk1 * parts;
+  const int64_t unit = kChunk / per_chunk, first = row * s.per_row;
+  const int64_t begin = chunk0 * per_chunk, end = chunk1 * per_chunk;
   const int64_t filled = least(end, (columns + unit - 1) / unit);
   int64_t i = begin;
   if (s.block == unit) {
@@ -126,22 +126,22 @@ void expand_scales(const Scales& s, int64_t row, int64_t columns, int64_t parts,
   for (; i < end; i++) out[i - begin] = 0.0f;
 }
 
-// The scales of one row after another, times `unit`, each as `expand_scales` gives them for a range of chunks. For whole rows, where a block is a chunk's part,
-// rows follow each other as they are stored, and many are converted at once; a last chunk then sees the next row's scales
+// The scales of one row after another, times `unit`, each as `expand_scales` gives them for a range of chunks. Where blocks divide chunks and
+// rows are whole, scales are read as they are stored, those of several rows at once; a last chunk then sees the next row's scales
 // for weights that do not exist, whose input is zero.
 template <class S>
 class RowScales {
  public:
-  RowScales(const Scales& s, int64_t columns, int64_t parts, int64_t chunk0, int64_t chunk1, float* buffer,
+  RowScales(const Scales& s, int64_t columns, int64_t per_chunk, int64_t chunk0, int64_t chunk1, float* buffer,
             float unit = 1.0f)
-      : s_(s), unit_(unit), columns_(columns), parts_(parts), chunk0_(chunk0), chunk1_(chunk1), buffer_(buffer),
-        stored_(s.block * parts == kChunk && chunk0 == 0 && chunk1 == chunks_of(columns)),
+      : s_(s), unit_(unit), columns_(columns), per_chunk_(per_chunk), chunk0_(chunk0), chunk1_(chunk1), buffer_(buffer),
+        stored_(s.block * per_chunk == kChunk && chunk0 == 0 && chunk1 == chunks_of(columns)),
         step_(stored_ ? 1 + kAtOnce / (s.per_row + 1) : 1) {}
 
   OCTAVO_INLINE const float* row(int64_t n, int64_t end) {
     if (!stored_) {
-      expand_scales<S>(s_, n, columns_, parts_, chunk0_, chunk1_, buffer_);
-      multiply((chunk1_ - chunk0_) * parts_);
+      expand_scales<S>(s_, n, columns_, per_chunk_, chunk0_, chunk1_, buffer_);
+      multiply((chunk1_ - chunk0_) * per_chunk_);
       return buffer_;
     }
     if (n >= next_) load(n, end);
@@ -156,7 +156,7 @@ class RowScales {
     next_ = least(n + step_, end);
     const int64_t count = (next_ - n) * s_.per_row;
     widen_run<S>(s_.data, s_.half ? kFloat16 : kFloat32, n * s_.per_row, count, buffer_);
-    for (int64_t i = count; i < count + parts_; i++) buffer_[i] = 0.0f;
+    for (int64_t i = count; i < count + per_chunk_; i++) buffer_[i] = 0.0f;
     multiply(count);
   }
 
@@ -170,7 +170,7 @@ class RowScales {
 
   const Scales s_;
   const float unit_;
-  const int64_t columns_, parts_, chunk0_, chunk1_;
+  const int64_t columns_, per_chunk_, chunk0_, chunk1_;
   float* const buffer_;
   const bool stored_;
   const int64_t step_;
@@ -178,10 +178,10 @@ class RowScales {
 };
 
 // The scale of vector j of chunk c.
-template <class S, int Parts>
+template <class S, int PerChunk>
 OCTAVO_INLINE typename S::V scale_of(const float* scales, int64_t c, int j) {
-  if constexpr (Parts == kChunk) return S::load(scales + c * kChunk + j * S::L);
-  else return S::set1(scales[c * Parts + j * S::L * Parts / kChunk]);
+  if constexpr (PerChunk == kChunk) return S::load(scales + c * kChunk + j * S::L);
+  else return S::set1(scales[c * PerChunk + j * S::L * PerChunk / kChunk]);
 }
 
 // The bytes of chunk c of a row: the row itself, or a copy padded with zeros where the row ends.
@@ -194,7 +194,7 @@ OCTAVO_INLINE const uint8_t* chunk_of(const uint8_t* row, int64_t c, int64_t col
 }
 
 // Raw: the values of `decode_piece` lack a factor, which the scales have.
-template <class S, int M, int Parts, bool Raw>
+template <class S, int M, int PerChunk, bool Raw>
 OCTAVO_INLINE void dot_chunk(const typename S::Codes& codes, const uint8_t* q, const float* scales, int64_t c,
                              const float* x, int64_t stride, typename S::V (&acc)[M]) {
   constexpr int J = kChunk / S::L / S::kPieces;
@@ -204,7 +204,7 @@ OCTAVO_INLINE void dot_chunk(const typename S::Codes& codes, const uint8_t* q, c
     if constexpr (S::kSegments) S::template decode_piece<Raw>(codes, q + p * J * S::L, w);
     else S::decode(codes, q, w);
     const float* xp = x + c * kChunk + p * J * S::L;
-    if constexpr (Parts == 1 && M < 4) {
+    if constexpr (PerChunk == 1 && M < 4) {
       for (int m = 0; m < M; m++) {
         const float* xm = xp + m * stride;
         even[m] = p ? S::fma(w[0], S::load(xm), even[m]) : S::mul(w[0], S::load(xm));
@@ -215,25 +215,25 @@ OCTAVO_INLINE void dot_chunk(const typename S::Codes& codes, const uint8_t* q, c
         }
       }
     } else {
-      for (int j = 0; j < J; j++) w[j] = S::mul(w[j], scale_of<S, Parts>(scales, c, p * J + j));
+      for (int j = 0; j < J; j++) w[j] = S::mul(w[j], scale_of<S, PerChunk>(scales, c, p * J + j));
       for (int m = 0; m < M; m++)
         for (int j = 0; j < J; j++) acc[m] = S::fma(w[j], S::load(xp + m * stride + j * S::L), acc[m]);
     }
   }
-  if constexpr (Parts == 1 && M < 4) {
+  if constexpr (PerChunk == 1 && M < 4) {
     const typename S::V s = S::set1(scales[c]);
     for (int m = 0; m < M; m++) acc[m] = S::fma(S::add(even[m], odd[m]), s, acc[m]);
   }
 }
 
-template <class S, int M, int Parts, bool Raw>
+template <class S, int M, int PerChunk, bool Raw>
 void dot_rows(const Packed& w, const Table& table, const float* x, int64_t stride, int64_t token, int64_t row0,
               int64_t row1, const Output& out, float* scratch) {
   const typename S::Codes codes = S::load_codes(table);
   const int64_t chunks = chunks_of(w.columns), full = w.columns / kChunk;
   float unit = 1.0f;
   if constexpr (Raw) unit = S::raw_unit(table);
-  RowScales<S> row_scales(w.scales, w.columns, Parts, 0, chunks, scratch, unit);
+  RowScales<S> row_scales(w.scales, w.columns, PerChunk, 0, chunks, scratch, unit);
   uint8_t tail[kChunk];
   for (int64_t n = row0; n < row1; n++) {
     const float* scales = row_scales.row(n, row1);
@@ -242,10 +242,10 @@ void dot_rows(const Packed& w, const Table& table, const float* x, int64_t strid
     for (int m = 0; m < M; m++) acc[m] = S::zero();
     for (int64_t c = 0; c < full; c++) {
       OCTAVO_PREFETCH(row + c * kChunk + kPrefetch);
-      dot_chunk<S, M, Parts, Raw>(codes, row + c * kChunk, scales, c, x, stride, acc);
+      dot_chunk<S, M, PerChunk, Raw>(codes, row + c * kChunk, scales, c, x, stride, acc);
     }
     if (full < chunks)
-      dot_chunk<S, M, Parts, Raw>(codes, chunk_of(row, full, w.columns, tail), scales, full, x, stride, acc);
+      dot_chunk<S, M, PerChunk, Raw>(codes, chunk_of(row, full, w.columns, tail), scales, full, x, stride, acc);
     for (int m = 0; m < M; m++) {
       const float sum = S::sum(acc[m]) + (out.bias ? out.bias[n] : 0.0f);
       write(out.data, out.type, (token + m) * out.stride + n, sum);
@@ -255,25 +255,25 @@ void dot_rows(const Packed& w, const Table& table, const float* x, int64_t strid
 
 // Tokens in groups of at most S::kGroup: their accumulators and the codebook fit the registers together. The rows of a task
 // stay in the second-level cache from one group to the next.
-template <class S, int M, int Parts, bool Raw>
+template <class S, int M, int PerChunk, bool Raw>
 void dot_group(const Packed& w, const Table& table, const Tokens& x, int64_t m, int64_t row0, int64_t row1,
                const Output& out, float* scratch) {
   if constexpr (M > 1)
-    if (x.count - m < M) return dot_group<S, M - 1, Parts, Raw>(w, table, x, m, row0, row1, out, scratch);
-  dot_rows<S, M, Parts, Raw>(w, table, x.values + m * x.stride, x.stride, m, row0, row1, out, scratch);
+    if (x.count - m < M) return dot_group<S, M - 1, PerChunk, Raw>(w, table, x, m, row0, row1, out, scratch);
+  dot_rows<S, M, PerChunk, Raw>(w, table, x.values + m * x.stride, x.stride, m, row0, row1, out, scratch);
 }
 
-template <class S, int Parts, bool Raw>
+template <class S, int PerChunk, bool Raw>
 void dot_parts(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1, const Output& out,
                float* scratch) {
   for (int64_t m = 0; m < x.count; m += S::kGroup)
-    dot_group<S, S::kGroup, Parts, Raw>(w, table, x, m, row0, row1, out, scratch);
+    dot_group<S, S::kGroup, PerChunk, Raw>(w, table, x, m, row0, row1, out, scratch);
 }
 
 template <class S, bool Raw>
 void dot_raw(const Packed& w, const Table& table, const Tokens& x, int64_t row0, int64_t row1, const Output& out,
              float* scratch) {
-  switch (parts_of(w.scales)) {
+  switch (scales_per_chunk(w.scales)) {
     case 1: return dot_parts<S, 1, Raw>(w, table, x, row0, row1, out, scratch);
     case 2: return dot_parts<S, 2, Raw>(w, table, x, row0, row1, out, scratch);
     case 4: return dot_parts<S, 4, Raw>(w, table, x, row0, row1, out, scratch);

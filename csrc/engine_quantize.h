@@ -38,11 +38,11 @@ bool absmax(const void* weight, DType type, int64_t rows, int64_t columns, int64
   return largest < 0x7f800000u;
 }
 
-template <class S, int Parts>
+template <class S, int PerChunk>
 void encode_rows(const void* weight, DType type, int64_t rows, int64_t columns, const Scales& s, const Search& search,
                  uint8_t* qdata, float* scratch) {
   constexpr int J = kChunk / S::L;
-  const typename S::Middles middles = S::load_middles(search);
+  const typename S::Boundaries boundaries = S::load_boundaries(search);
   const int64_t chunks = chunks_of(columns);
   float* buffer = scratch;
   float* scales = scratch + padded(columns);
@@ -50,7 +50,7 @@ void encode_rows(const void* weight, DType type, int64_t rows, int64_t columns, 
   uint8_t codes[kChunk];
   for (int64_t n = 0; n < rows; n++) {
     const float* row = float_row<S>(weight, type, n, columns, buffer);
-    expand_scales<S>(s, n, columns, Parts, 0, chunks, scales);
+    expand_scales<S>(s, n, columns, PerChunk, 0, chunks, scales);
     uint8_t* out = qdata + n * columns;
     for (int64_t c = 0; c < chunks; c++) {
       const int64_t left = least(columns - c * kChunk, kChunk);
@@ -61,7 +61,7 @@ void encode_rows(const void* weight, DType type, int64_t rows, int64_t columns, 
       }
       uint8_t* target = left < kChunk ? codes : out + c * kChunk;
       for (int j = 0; j < J; j++)
-        S::encode(middles, S::divide(S::load(values + j * S::L), scale_of<S, Parts>(scales, c, j)), target + j * S::L);
+        S::encode(boundaries, S::divide(S::load(values + j * S::L), scale_of<S, PerChunk>(scales, c, j)), target + j * S::L);
       if (left < kChunk) std::memcpy(out + c * kChunk, codes, static_cast<size_t>(left));
     }
   }
@@ -70,7 +70,7 @@ void encode_rows(const void* weight, DType type, int64_t rows, int64_t columns, 
 template <class S>
 void encode(const void* weight, DType type, int64_t rows, int64_t columns, const Scales& s, const Search& search,
             uint8_t* qdata, float* scratch) {
-  switch (parts_of(s)) {
+  switch (scales_per_chunk(s)) {
     case 1: return encode_rows<S, 1>(weight, type, rows, columns, s, search, qdata, scratch);
     case 2: return encode_rows<S, 2>(weight, type, rows, columns, s, search, qdata, scratch);
     case 4: return encode_rows<S, 4>(weight, type, rows, columns, s, search, qdata, scratch);
@@ -79,7 +79,7 @@ void encode(const void* weight, DType type, int64_t rows, int64_t columns, const
 }
 
 // errors[n], powers[n]: sums over a row of (weight - code * scale)² and of weight².
-template <class S, int Parts>
+template <class S, int PerChunk>
 void deviate_rows(const void* weight, DType type, const Packed& w, const Table& table, int64_t row0, int64_t row1,
                   float* errors, float* powers, float* scratch) {
   constexpr int J = kChunk / S::L;
@@ -93,7 +93,7 @@ void deviate_rows(const void* weight, DType type, const Packed& w, const Table& 
   const typename S::V minus = S::set1(-1.0f);
   for (int64_t n = row0; n < row1; n++) {
     const float* row = float_row<S>(weight, type, n, w.columns, buffer);
-    expand_scales<S>(w.scales, n, w.columns, Parts, 0, chunks, scales);
+    expand_scales<S>(w.scales, n, w.columns, PerChunk, 0, chunks, scales);
     typename S::V error = S::zero(), power = S::zero();
     for (int64_t c = 0; c < chunks; c++) {
       const int64_t left = least(w.columns - c * kChunk, kChunk);
@@ -110,7 +110,7 @@ void deviate_rows(const void* weight, DType type, const Packed& w, const Table& 
       }
       for (int j = 0; j < J; j++) {
         const typename S::V value = S::load(values + j * S::L);
-        const typename S::V difference = S::fma(S::mul(v[j], scale_of<S, Parts>(scales, c, j)), minus, value);
+        const typename S::V difference = S::fma(S::mul(v[j], scale_of<S, PerChunk>(scales, c, j)), minus, value);
         error = S::fma(difference, difference, error);
         power = S::fma(value, value, power);
       }
@@ -123,7 +123,7 @@ void deviate_rows(const void* weight, DType type, const Packed& w, const Table& 
 template <class S>
 void deviate(const void* weight, DType type, const Packed& w, const Table& table, int64_t row0, int64_t row1,
              float* errors, float* powers, float* scratch) {
-  switch (parts_of(w.scales)) {
+  switch (scales_per_chunk(w.scales)) {
     case 1: return deviate_rows<S, 1>(weight, type, w, table, row0, row1, errors, powers, scratch);
     case 2: return deviate_rows<S, 2>(weight, type, w, table, row0, row1, errors, powers, scratch);
     case 4: return deviate_rows<S, 4>(weight, type, w, table, row0, row1, errors, powers, scratch);

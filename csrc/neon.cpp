@@ -45,7 +45,7 @@ struct Neon : SimdNeon {
     const uint8_t (*planes)[256];
   };
   static OCTAVO_INLINE FixedCodes load_fixed_codes(const Table& t) { return {t.fixed_bytes}; }
-  template <int M, int Parts>
+  template <int M, int PerChunk>
   static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* factors,
                                         int64_t c, const int16_t* x, int64_t stride, V (&acc)[M]) {
     for (int g = 0; g < 4; g++) {
@@ -61,7 +61,7 @@ struct Neon : SimdNeon {
         sum = vmlal_high_s16(sum, w0, x0);
         sum = vmlal_s16(sum, vget_low_s16(w1), vget_low_s16(x1));
         sum = vmlal_high_s16(sum, w1, x1);
-        const float factor = factors[(m * (stride / kChunk) + c) * Parts + g * Parts / 4];
+        const float factor = factors[(m * (stride / kChunk) + c) * PerChunk + g * PerChunk / 4];
         acc[m] = vfmaq_n_f32(acc[m], vcvtq_f32_s32(sum), factor);
       }
     }

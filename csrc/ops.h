@@ -1,4 +1,4 @@
-// The operations on whole matrices: shares rows out among threads and calls one instruction set's kernels.
+// The operations on whole matrices: divides rows among threads and calls one instruction set's kernels.
 #pragma once
 #include "types.h"
 
@@ -23,14 +23,14 @@ struct Weight {
 void linear(const Kernels&, const Matrix&, const void* x, DType type, int64_t tokens, const void* bias, DType bias_type,
             void* out, int threads);
 
-// Whether these kernels have `linear_many` for such a matrix.
-bool has_many(const Kernels&, const Matrix&);
+// Whether these kernels have `linear_gemm` for such a matrix.
+bool has_gemm(const Kernels&, const Matrix&);
 
-// As `linear`, x and out of bfloat16, for many tokens.
-void linear_many(const Kernels&, const Matrix&, const void* x, int64_t tokens, const void* bias, DType bias_type, void* out,
+// As `linear`, x and out of bfloat16, for a block of tokens (prefill, training).
+void linear_gemm(const Kernels&, const Matrix&, const void* x, int64_t tokens, const void* bias, DType bias_type, void* out,
                  int threads);
 
-// As `linear` and `linear_transposed`, by tiles, for many tokens. False, and nothing done, where the kernels do not have it for such a
+// As `linear` and `linear_transposed`, by tiles, for a block of tokens. False, and nothing done, where the kernels do not have it for such a
 // matrix.
 bool linear_tiles(const Kernels&, const Matrix&, const void* x, DType type, int64_t tokens, const void* bias, DType bias_type,
                   void* out, int threads);

@@ -91,11 +91,11 @@ struct Portable {
   }
   static OCTAVO_INLINE uint32_t largest_magnitude(I a) { return a; }
 
-  struct Middles {
+  struct Boundaries {
     const Search* search;
   };
-  static OCTAVO_INLINE Middles load_middles(const Search& s) { return {&s}; }
-  static OCTAVO_INLINE void encode(const Middles& m, const V& v, uint8_t* out) {
+  static OCTAVO_INLINE Boundaries load_boundaries(const Search& s) { return {&s}; }
+  static OCTAVO_INLINE void encode(const Boundaries& m, const V& v, uint8_t* out) {
     for (int i = 0; i < L; i++) {
       unsigned path = 0;
       for (int l = 0; l < 8; l++) path = 2 * path + (m.search->level[l][path] < v.f[i] ? 1u : 0u);

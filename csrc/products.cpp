@@ -62,7 +62,7 @@ void linear(const Kernels& kernels, const Matrix& matrix, const void* x, DType t
   input.values = values;
 
   Table table;
-  bool fixed = kernels.to_fixed && parts_of(w.scales) <= 4;
+  bool fixed = kernels.to_fixed && scales_per_chunk(w.scales) <= 4;
   if (type == kFloat32) fixed = fixed && tokens <= kSplitTokens && kernels.byte_segments;
   const Kernels* k = &kernels_for(kernels, matrix.code, fixed, table);
   // Float32 is split only for codebooks that are integers: other tables would be rounded.
@@ -86,9 +86,9 @@ void linear(const Kernels& kernels, const Matrix& matrix, const void* x, DType t
 }
 
 // Rows of a task: of all multiples of 16, the largest that leaves the busiest thread the fewest rows.
-int64_t many_rows(int64_t rows, int64_t threads) {
-  int64_t best = kManyRows, least_rows = std::numeric_limits<int64_t>::max();
-  for (int64_t step = kManyRows; step > 0; step -= 16) {
+int64_t gemm_rows(int64_t rows, int64_t threads) {
+  int64_t best = kGemmRows, least_rows = std::numeric_limits<int64_t>::max();
+  for (int64_t step = kGemmRows; step > 0; step -= 16) {
     const int64_t busiest = ceil_div(ceil_div(rows, step), threads) * step;
     if (busiest < least_rows) {
       best = step;
@@ -98,26 +98,26 @@ int64_t many_rows(int64_t rows, int64_t threads) {
   return best;
 }
 
-bool has_many(const Kernels& k, const Matrix& matrix) { return k.many && parts_of(packed(matrix).scales) <= 4; }
+bool has_gemm(const Kernels& k, const Matrix& matrix) { return k.gemm && scales_per_chunk(packed(matrix).scales) <= 4; }
 
-void linear_many(const Kernels& k, const Matrix& matrix, const void* x, int64_t tokens, const void* bias, DType bias_type,
+void linear_gemm(const Kernels& k, const Matrix& matrix, const void* x, int64_t tokens, const void* bias, DType bias_type,
                  void* out, int threads) {
   const Packed w = packed(matrix);
   if (tokens == 0 || w.rows == 0) return;
   static thread_local Scratch values_memory, bias_memory;
-  const int64_t panels = ceil_div(w.columns, kManyColumns);
-  uint16_t* values = values_memory.get<uint16_t>(panels * tokens * kManyColumns);
+  const int64_t panels = ceil_div(w.columns, kGemmColumns);
+  uint16_t* values = values_memory.get<uint16_t>(panels * tokens * kGemmColumns);
   const Split copies(tokens, w.columns, threads);
   parallel(copies.tasks, copies.threads, [&](int64_t task, int) {
     for (int64_t m = task * copies.step; m < std::min((task + 1) * copies.step, tokens); m++)
       for (int64_t p = 0; p < panels; p++) {
-        uint16_t* target = values + (p * tokens + m) * kManyColumns;
-        const int64_t first = p * kManyColumns, count = std::min(kManyColumns, w.columns - first);
+        uint16_t* target = values + (p * tokens + m) * kGemmColumns;
+        const int64_t first = p * kGemmColumns, count = std::min(kGemmColumns, w.columns - first);
         std::memcpy(target, static_cast<const char*>(x) + (m * w.columns + first) * 2, static_cast<size_t>(count) * 2);
-        std::fill(target + count, target + kManyColumns, uint16_t{0});
+        std::fill(target + count, target + kGemmColumns, uint16_t{0});
       }
   });
-  const ManyTokens input{tokens, values};
+  const GemmInput input{tokens, values};
   Table table;
   k.prepare(matrix.code, false, table);
   Output output{out, kBFloat16, w.rows, nullptr};
@@ -128,17 +128,17 @@ void linear_many(const Kernels& k, const Matrix& matrix, const void* x, int64_t 
   }
   const int64_t work = w.rows * std::max<int64_t>(1, w.columns);
   const int used = static_cast<int>(std::clamp<int64_t>(work / kThreadWeights, 1, std::max(1, threads)));
-  const int64_t step = many_rows(w.rows, used), tasks = ceil_div(w.rows, step);
+  const int64_t step = gemm_rows(w.rows, used), tasks = ceil_div(w.rows, step);
   parallel(tasks, used, [&](int64_t task, int) {
     static thread_local Scratch memory;
-    constexpr int64_t group = 4 * kManyScaled / kChunk * 16, scales = kManyRows / 16 * group;
-    constexpr int64_t panel = kManyColumns * kManyPanel / 2;
-    const int64_t partial = kManyRows * std::min(tokens, kManyTokens);
+    constexpr int64_t group = 4 * kGemmScaled / kChunk * 16, scales = kGemmRows / 16 * group;
+    constexpr int64_t panel = kGemmColumns * kGemmPanel / 2;
+    const int64_t partial = kGemmRows * std::min(tokens, kGemmTokens);
     float* start = memory.get<float>(scales + group + panel + partial);
-    const ManyScratch scratch{start, start + scales, start + scales + group + panel,
+    const GemmScratch scratch{start, start + scales, start + scales + group + panel,
                               reinterpret_cast<uint16_t*>(start + scales + group)};
     const int64_t row0 = task * step;
-    k.many(w, table, input, row0, std::min(row0 + step, w.rows), output, scratch);
+    k.gemm(w, table, input, row0, std::min(row0 + step, w.rows), output, scratch);
   });
 }
 
@@ -183,17 +183,17 @@ TileTokens tile_tokens(const Kernels& k, const void* x, DType type, int64_t toke
 
 // Columns that integers are summed up for, and the largest integer that an input becomes, so that the sums stay below 2^31. For
 // bfloat16 11 to 13 bits are exact enough; float16 takes shorter sums of longer integers. 0: float32.
-int64_t word_run(DType type, const Segments& segments, int64_t parts, float* top_word) {
+int64_t word_run(DType type, const Segments& segments, int64_t per_chunk, float* top_word) {
   const float entries = 1.0f / segments.unit;
   if (type == kFloat32 || (type == kFloat16 && entries > 8192.0f)) return 0;
-  const int64_t run = std::min<int64_t>(type == kFloat16 ? 32 : 64, kChunk / parts);
+  const int64_t run = std::min<int64_t>(type == kFloat16 ? 32 : 64, kChunk / per_chunk);
   *top_word = std::min(32767.0f, std::floor(2147483647.0f / (static_cast<float>(run) * entries) - 0.5f));
   return run;
 }
 
 // The kernels that multiply such a matrix by tiles, and the codebook's table for them; null where there are none.
 const Kernels* tile_kernels(const Kernels& kernels, const Packed& w, const float* code, Table& table) {
-  if (!kernels.tiles || !w.scales.half || parts_of(w.scales) > 4) return nullptr;
+  if (!kernels.tiles || !w.scales.half || scales_per_chunk(w.scales) > 4) return nullptr;
   const Kernels& k = kernels_for(kernels.tiles(), code, false, table);
   return k.tile ? &k : nullptr;
 }
@@ -215,7 +215,7 @@ bool linear_tiles(const Kernels& kernels, const Matrix& matrix, const void* x, D
   if (tokens == 0 || w.rows == 0) return true;
   static thread_local Scratch bias_memory;
   float top_word = 0.0f;
-  const int64_t run = word_run(type, table.segments, parts_of(w.scales), &top_word);
+  const int64_t run = word_run(type, table.segments, scales_per_chunk(w.scales), &top_word);
   const TileTokens input = tile_tokens(k, x, type, tokens, w.columns, run, top_word, threads);
   Output output{out, type, w.rows, nullptr};
   if (bias) {

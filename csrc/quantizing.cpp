@@ -16,16 +16,16 @@ namespace {
 constexpr float kHistogramUnit = 16384.0f, kHistogramCap = 256.0f;  // as in reference.py
 
 Search search_of(const float* code) {
-  float middle[255];
+  float boundary[255];
   for (int i = 0; i < 255; i++) {
     float a, b;
     std::memcpy(&a, code + i, 4);
     std::memcpy(&b, code + i + 1, 4);
-    middle[i] = (a + b) * 0.5f;
+    boundary[i] = (a + b) * 0.5f;
   }
   Search s{};
   for (int level = 0; level < 8; level++)
-    for (int i = 0; i < 1 << level; i++) s.level[level][i] = middle[((2 * i + 1) << (7 - level)) - 1];
+    for (int i = 0; i < 1 << level; i++) s.level[level][i] = boundary[((2 * i + 1) << (7 - level)) - 1];
   return s;
 }
 

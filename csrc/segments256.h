@@ -76,7 +76,7 @@ struct Segments256 : Simd256 {
   }
   static float raw_unit(const Table& t) { return t.segments.unit * 0x1p-16f; }
 
-  template <int M, int Parts>
+  template <int M, int PerChunk>
   static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* factors,
                                         int64_t c, const int16_t* x, int64_t stride, V (&acc)[M]) {
     I even[2], odd[2];
@@ -84,16 +84,16 @@ struct Segments256 : Simd256 {
       integers(codes, _mm256_loadu_si256(reinterpret_cast<const I*>(q + 32 * h)), even[h], odd[h]);
     for (int m = 0; m < M; m++) {
       const I* xm = reinterpret_cast<const I*>(x + m * stride + c * kChunk);
-      const float* f = factors + (m * (stride / kChunk) + c) * Parts;
+      const float* f = factors + (m * (stride / kChunk) + c) * PerChunk;
       // Eight products to a lane stay below 2^31 (Segments::top_word).
       I sum[2];
       for (int h = 0; h < 2; h++)
         sum[h] = _mm256_add_epi32(_mm256_madd_epi16(even[h], _mm256_loadu_si256(xm + 2 * h)),
                                   _mm256_madd_epi16(odd[h], _mm256_loadu_si256(xm + 2 * h + 1)));
-      if constexpr (Parts == 1) {
+      if constexpr (PerChunk == 1) {
         acc[m] = fma(_mm256_cvtepi32_ps(_mm256_add_epi32(sum[0], sum[1])), set1(f[0]), acc[m]);
       } else {
-        for (int h = 0; h < 2; h++) acc[m] = fma(_mm256_cvtepi32_ps(sum[h]), part_factor<Parts>(f, h), acc[m]);
+        for (int h = 0; h < 2; h++) acc[m] = fma(_mm256_cvtepi32_ps(sum[h]), part_factor<PerChunk>(f, h), acc[m]);
       }
     }
   }

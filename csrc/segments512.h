@@ -64,10 +64,10 @@ struct Segments512 : Simd512 {
   static OCTAVO_INLINE void decode_fixed(const FixedCodes& c, const uint8_t* q, I& low, I& high) {
     integers(c, _mm512_loadu_si512(q), low, high);
   }
-  template <int M, int Parts>
+  template <int M, int PerChunk>
   static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* factors,
                                         int64_t c, const int16_t* x, int64_t stride, V (&acc)[M]) {
-    fixed_chunk512<Segments512, M, Parts>(codes, q, factors, c, x, stride, acc);
+    fixed_chunk512<Segments512, M, PerChunk>(codes, q, factors, c, x, stride, acc);
   }
   static OCTAVO_INLINE I madd(I sum, I a, I b) {
 #if defined(__AVX512VNNI__)

@@ -64,11 +64,11 @@ struct SegmentsNeon : SimdNeon {
     }
   }
 
-  template <int M, int Parts>
+  template <int M, int PerChunk>
   static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* factors,
                                         int64_t c, const int16_t* x, int64_t stride, V (&acc)[M]) {
     // Eight products to a lane stay below 2^31 (Segments::top_word): those of 32 weights, or of the 16 that share a scale.
-    constexpr int kRun = Parts == 4 ? 16 : 32;
+    constexpr int kRun = PerChunk == 4 ? 16 : 32;
     for (int run = 0; run < kChunk / kRun; run++) {
       int16x8_t w[kRun / 8];
       for (int i = 0; i < kRun / 16; i++) integers(codes, vld1q_u8(q + kRun * run + 16 * i), w[2 * i], w[2 * i + 1]);
@@ -80,7 +80,7 @@ struct SegmentsNeon : SimdNeon {
           sum = vmlal_s16(sum, vget_low_s16(w[i]), vget_low_s16(xi));
           sum = vmlal_high_s16(sum, w[i], xi);
         }
-        const float factor = factors[(m * (stride / kChunk) + c) * Parts + run * Parts * kRun / kChunk];
+        const float factor = factors[(m * (stride / kChunk) + c) * PerChunk + run * PerChunk * kRun / kChunk];
         acc[m] = vfmaq_n_f32(acc[m], vcvtq_f32_s32(sum), factor);
       }
     }

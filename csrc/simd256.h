@@ -11,10 +11,10 @@ namespace octavo {
 namespace {
 
 // The factors of half a chunk's eight lanes: one for the chunk, one for each half, or one for each 128-bit lane.
-template <int Parts>
+template <int PerChunk>
 OCTAVO_INLINE __m256 part_factor(const float* f, int half) {
-  if constexpr (Parts == 1) return _mm256_set1_ps(f[0]);
-  if constexpr (Parts == 2) return _mm256_set1_ps(f[half]);
+  if constexpr (PerChunk == 1) return _mm256_set1_ps(f[0]);
+  if constexpr (PerChunk == 2) return _mm256_set1_ps(f[half]);
   return _mm256_set_m128(_mm_set1_ps(f[2 * half + 1]), _mm_set1_ps(f[2 * half]));
 }
 
@@ -92,18 +92,18 @@ struct Simd256 {
   }
 
   // A binary search: the first four levels in registers, the others by gathers.
-  struct Middles {
+  struct Boundaries {
     V first, small[3];
     const Search* search;
   };
-  static OCTAVO_INLINE Middles load_middles(const Search& s) {
+  static OCTAVO_INLINE Boundaries load_boundaries(const Search& s) {
     return {set1(s.level[0][0]), {load(s.level[1]), load(s.level[2]), load(s.level[3])}, &s};
   }
-  static OCTAVO_INLINE I descend(I path, V middle, V v) {
+  static OCTAVO_INLINE I descend(I path, V boundary, V v) {
     // A true comparison is -1.
-    return _mm256_sub_epi32(_mm256_add_epi32(path, path), _mm256_castps_si256(_mm256_cmp_ps(middle, v, _CMP_LT_OQ)));
+    return _mm256_sub_epi32(_mm256_add_epi32(path, path), _mm256_castps_si256(_mm256_cmp_ps(boundary, v, _CMP_LT_OQ)));
   }
-  static OCTAVO_INLINE void encode(const Middles& m, V v, uint8_t* out) {
+  static OCTAVO_INLINE void encode(const Boundaries& m, V v, uint8_t* out) {
     I path = descend(_mm256_setzero_si256(), m.first, v);
     for (int l = 0; l < 3; l++) path = descend(path, _mm256_permutevar8x32_ps(m.small[l], path), v);
     for (int l = 4; l < 8; l++) path = descend(path, _mm256_i32gather_ps(m.search->level[l], path, 4), v);
@@ -117,13 +117,13 @@ struct Simd256 {
   }
 
   // Half a chunk's integers (of each 16 weights the first eight in `even`) times the inputs of M tokens → their sums.
-  template <int M, int Parts>
+  template <int M, int PerChunk>
   static OCTAVO_INLINE void add_half(I even, I odd, int half, const float* factors, int64_t c, const int16_t* x, int64_t stride,
                                      V (&acc)[M]) {
     for (int m = 0; m < M; m++) {
       const I* xm = reinterpret_cast<const I*>(x + m * stride + c * kChunk + 32 * half);
       const I sum = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(xm)), _mm256_madd_epi16(odd, _mm256_loadu_si256(xm + 1)));
-      acc[m] = fma(_mm256_cvtepi32_ps(sum), part_factor<Parts>(factors + (m * (stride / kChunk) + c) * Parts, half), acc[m]);
+      acc[m] = fma(_mm256_cvtepi32_ps(sum), part_factor<PerChunk>(factors + (m * (stride / kChunk) + c) * PerChunk, half), acc[m]);
     }
   }
 

@@ -80,11 +80,11 @@ struct Simd512 {
   static OCTAVO_INLINE uint32_t largest_magnitude(I a) { return _mm512_reduce_max_epu32(a); }
 
   // A binary search in registers: level l's 2^l midpoints take one look-up, by the bits found so far.
-  struct Middles {
+  struct Boundaries {
     V first, small[4], l5[2], l6[4], l7[8];
   };
-  static OCTAVO_INLINE Middles load_middles(const Search& s) {
-    Middles m;
+  static OCTAVO_INLINE Boundaries load_boundaries(const Search& s) {
+    Boundaries m;
     m.first = set1(s.level[0][0]);
     for (int l = 1; l <= 4; l++) m.small[l - 1] = load(s.level[l]);
     for (int i = 0; i < 2; i++) m.l5[i] = load(s.level[5] + L * i);
@@ -92,11 +92,11 @@ struct Simd512 {
     for (int i = 0; i < 8; i++) m.l7[i] = load(s.level[7] + L * i);
     return m;
   }
-  static OCTAVO_INLINE I descend(I path, V middle, V v) {
+  static OCTAVO_INLINE I descend(I path, V boundary, V v) {
     const I doubled = _mm512_add_epi32(path, path);
-    return _mm512_mask_add_epi32(doubled, _mm512_cmp_ps_mask(middle, v, _CMP_LT_OQ), doubled, _mm512_set1_epi32(1));
+    return _mm512_mask_add_epi32(doubled, _mm512_cmp_ps_mask(boundary, v, _CMP_LT_OQ), doubled, _mm512_set1_epi32(1));
   }
-  static OCTAVO_INLINE void encode(const Middles& m, V v, uint8_t* out) {
+  static OCTAVO_INLINE void encode(const Boundaries& m, V v, uint8_t* out) {
     I path = descend(_mm512_setzero_si512(), m.first, v);
     for (int l = 0; l < 4; l++) path = descend(path, _mm512_permutexvar_ps(path, m.small[l]), v);
     path = descend(path, _mm512_permutex2var_ps(m.l5[0], path, m.l5[1]), v);
@@ -160,17 +160,17 @@ bool to_fixed512(const float* x, int64_t tokens, int64_t columns, float unit, fl
 }
 
 // Factors for the 16 lanes of a chunk's integer sums: lanes 4j..4j+3 hold weights 16j..16j+15.
-template <int Parts>
+template <int PerChunk>
 OCTAVO_INLINE __m512 lane_factors(const float* factors) {
-  if constexpr (Parts == 1) return _mm512_set1_ps(*factors);
-  const __m512i lanes = Parts == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+  if constexpr (PerChunk == 1) return _mm512_set1_ps(*factors);
+  const __m512i lanes = PerChunk == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                                    : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   __m128 four = _mm_setzero_ps();
-  std::memcpy(&four, factors, Parts * sizeof(float));
+  std::memcpy(&four, factors, PerChunk * sizeof(float));
   return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(four));
 }
 
-template <class S, int M, int Parts>
+template <class S, int M, int PerChunk>
 OCTAVO_INLINE void fixed_chunk512(const typename S::FixedCodes& codes, const uint8_t* q, const float* factors, int64_t c,
                                   const int16_t* x, int64_t stride, __m512 (&acc)[M]) {
   __m512i low, high;
@@ -180,7 +180,7 @@ OCTAVO_INLINE void fixed_chunk512(const typename S::FixedCodes& codes, const uin
     // |code| <= 16383 and |x| <= 32767: four products to a lane stay below 2^31.
     __m512i sum = S::madd(_mm512_setzero_si512(), low, _mm512_loadu_si512(xm));
     sum = S::madd(sum, high, _mm512_loadu_si512(xm + 32));
-    const __m512 factor = lane_factors<Parts>(factors + (m * (stride / kChunk) + c) * Parts);
+    const __m512 factor = lane_factors<PerChunk>(factors + (m * (stride / kChunk) + c) * PerChunk);
     acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, acc[m]);
   }
 }

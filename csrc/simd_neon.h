@@ -67,11 +67,11 @@ struct SimdNeon {
   }
   static OCTAVO_INLINE uint32_t largest_magnitude(I a) { return vmaxvq_u32(a); }
 
-  struct Middles {
+  struct Boundaries {
     const Search* search;
   };
-  static OCTAVO_INLINE Middles load_middles(const Search& s) { return {&s}; }
-  static OCTAVO_INLINE void encode(const Middles& m, V v, uint8_t* out) {
+  static OCTAVO_INLINE Boundaries load_boundaries(const Search& s) { return {&s}; }
+  static OCTAVO_INLINE void encode(const Boundaries& m, V v, uint8_t* out) {
     float values[L];
     store(values, v);
     for (int i = 0; i < L; i++) {

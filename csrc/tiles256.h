@@ -1,4 +1,4 @@
-// AVX2: the product of many tokens with a codebook of segments. Weights are decoded once, straight into the layout that is multiplied,
+// AVX2: the product of a block of tokens (GEMM) with a codebook of segments. Weights are decoded once, straight into the layout that is multiplied,
 // and nothing is packed a second time, which a library's matmul does with what it is handed.
 //
 // A tile is 16 rows of weights and kTileColumns columns in the first-level cache. Two forms:
@@ -57,13 +57,13 @@ OCTAVO_INLINE void rows_of(const Packed& w, int64_t row, int64_t chunk, uint8_t 
     rows[i] = chunk_of(w.qdata + least(row + i, w.rows - 1) * w.columns, chunk, w.columns, tails[i]);
 }
 
-// Scales of 16 rows for the chunks [chunk0, chunk1), `parts` to a chunk, times `unit` → out[part][16]; zero for rows that do not exist.
+// Scales of 16 rows for the chunks [chunk0, chunk1), `per_chunk` of them to each, times `unit` → out[part][16]; zero for rows that do not exist.
 template <class S>
-void tile_scales(const Packed& w, int64_t row, int64_t parts, int64_t chunk0, int64_t chunk1, float unit, float* out) {
+void tile_scales(const Packed& w, int64_t row, int64_t per_chunk, int64_t chunk0, int64_t chunk1, float unit, float* out) {
   float one[4 * kTileColumns / kChunk + 16];
-  const int64_t count = (chunk1 - chunk0) * parts;
+  const int64_t count = (chunk1 - chunk0) * per_chunk;
   for (int64_t i = 0; i < kTileRows; i++) {
-    if (row + i < w.rows) expand_scales<S>(w.scales, row + i, w.columns, parts, chunk0, chunk1, one);
+    if (row + i < w.rows) expand_scales<S>(w.scales, row + i, w.columns, per_chunk, chunk0, chunk1, one);
     for (int64_t k = 0; k < count; k++) out[k * kTileRows + i] = row + i < w.rows ? one[k] * unit : 0.0f;
   }
 }
@@ -82,12 +82,12 @@ OCTAVO_INLINE void pairs_of_rows(const typename S::Codes& codes, const Packed& w
 }
 
 template <class S>
-void pack_floats(const typename S::Codes& codes, const Packed& w, int64_t row, int64_t parts, int64_t chunk0, int64_t chunk1,
+void pack_floats(const typename S::Codes& codes, const Packed& w, int64_t row, int64_t per_chunk, int64_t chunk0, int64_t chunk1,
                  const float* scales, float* tile) {
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   pairs_of_rows<S>(codes, w, row, chunk0, chunk1, [&](int64_t c, int v, int pair, __m256i integers) {
     // An integer in the upper half of 32 bits is 2^16 times as large, sign and all.
-    const __m256 s = S::load(scales + (c * parts + pair * parts / 32) * kTileRows + 8 * v);
+    const __m256 s = S::load(scales + (c * per_chunk + pair * per_chunk / 32) * kTileRows + 8 * v);
     float* out = tile + (c * kChunk + 2 * pair) * kTileRows + 8 * v;
     S::store(out, S::mul(_mm256_cvtepi32_ps(_mm256_slli_epi32(integers, 16)), s));
     S::store(out + kTileRows, S::mul(_mm256_cvtepi32_ps(_mm256_and_si256(integers, upper)), s));
@@ -102,17 +102,17 @@ void pack_words(const typename S::Codes& codes, const Packed& w, int64_t row, in
 }
 
 // Rows [row0, row1) of one chunk of columns, times their scales → four tiles of 16 columns, `stride` floats apart.
-template <class S, int Parts>
+template <class S, int PerChunk>
 void pack_transposed(const typename S::Codes& codes, const Packed& w, int64_t row0, int64_t row1, int64_t chunk, float* tiles,
                      int64_t stride) {
   uint8_t tail[kChunk];
   float scales[kChunk];
   for (int64_t n = row0; n < row1; n++, tiles += kTileRows) {
-    expand_scales<S>(w.scales, n, w.columns, Parts, chunk, chunk + 1, scales);
+    expand_scales<S>(w.scales, n, w.columns, PerChunk, chunk, chunk + 1, scales);
     __m256 v[8];
     S::decode(codes, chunk_of(w.qdata + n * w.columns, chunk, w.columns, tail), v);
     for (int j = 0; j < 8; j++)
-      S::store(tiles + j / 2 * stride + j % 2 * 8, S::mul(v[j], scale_of<S, Parts>(scales, 0, j)));
+      S::store(tiles + j / 2 * stride + j % 2 * 8, S::mul(v[j], scale_of<S, PerChunk>(scales, 0, j)));
   }
 }
 
@@ -258,7 +258,7 @@ void tile_rows(const Packed& w, const Table& table, const TileTokens& x, int64_t
   const typename S::Codes codes = S::load_codes(table);
   const int64_t chunks = chunks_of(w.columns), per_tile = kTileColumns / kChunk;
   // Words: a scale for each run. Floats: the factor that `pack_floats` leaves out is in the scales.
-  const int64_t parts = x.words ? kChunk / x.run : parts_of(w.scales);
+  const int64_t per_chunk = x.words ? kChunk / x.run : scales_per_chunk(w.scales);
   const float unit = x.words ? table.segments.unit : S::raw_unit(table);
   const int64_t tiles = (row1 - row0 + kTileRows - 1) / kTileRows;
   for (int64_t token0 = 0; token0 < x.count; token0 += kTileTokens) {
@@ -270,13 +270,13 @@ void tile_rows(const Packed& w, const Table& table, const TileTokens& x, int64_t
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t row = row0 + t * kTileRows;
         float* sums = scratch.sums + t * count * kTileRows;
-        tile_scales<S>(w, row, parts, chunk0, chunk1, unit, scratch.scales);
+        tile_scales<S>(w, row, per_chunk, chunk0, chunk1, unit, scratch.scales);
         if (x.words) {
           pack_words<S>(codes, w, row, chunk0, chunk1, scratch.words);
           in_groups<4>(count, WordTile{scratch.words, scratch.scales, x.words + first * kTileColumns,
                                        x.units + first * (kTileColumns / x.run), columns, x.run, sums});
         } else {
-          pack_floats<S>(codes, w, row, parts, chunk0, chunk1, scratch.scales, scratch.floats);
+          pack_floats<S>(codes, w, row, per_chunk, chunk0, chunk1, scratch.scales, scratch.floats);
           in_groups<6>(count, FloatTile{scratch.floats, x.floats + first * kTileColumns, columns, sums});
         }
       }
@@ -289,7 +289,7 @@ void tile_rows(const Packed& w, const Table& table, const TileTokens& x, int64_t
 }
 
 // out[m, k] = sum_n x[m, n] * weight[n, k] for one chunk of columns k and all tokens.
-template <class S, int Parts>
+template <class S, int PerChunk>
 void tile_transposed_parts(const Packed& w, const Table& table, const TileTokens& x, int64_t chunk, const Output& out,
                            const TileScratch& scratch) {
   const typename S::Codes codes = S::load_codes(table);
@@ -299,7 +299,7 @@ void tile_transposed_parts(const Packed& w, const Table& table, const TileTokens
     std::memset(scratch.sums, 0, static_cast<size_t>(tiles * count * kTileRows) * 4);
     for (int64_t row = 0; row < w.rows; row += kTileColumns) {
       const int64_t rows = least(kTileColumns, w.rows - row), first = row / kTileColumns * x.count + token0;
-      pack_transposed<S, Parts>(codes, w, row, row + rows, chunk, scratch.floats, kTileWeights);
+      pack_transposed<S, PerChunk>(codes, w, row, row + rows, chunk, scratch.floats, kTileWeights);
       for (int64_t t = 0; t < tiles; t++)
         in_groups<6>(count, FloatTile{scratch.floats + t * kTileWeights, x.floats + first * kTileColumns, rows,
                                       scratch.sums + t * count * kTileRows});
@@ -313,7 +313,7 @@ void tile_transposed_parts(const Packed& w, const Table& table, const TileTokens
 template <class S>
 void tile_transposed(const Packed& w, const Table& table, const TileTokens& x, int64_t chunk, const Output& out,
                      const TileScratch& scratch) {
-  switch (parts_of(w.scales)) {
+  switch (scales_per_chunk(w.scales)) {
     case 1: return tile_transposed_parts<S, 1>(w, table, x, chunk, out, scratch);
     case 2: return tile_transposed_parts<S, 2>(w, table, x, chunk, out, scratch);
     default: return tile_transposed_parts<S, 4>(w, table, x, chunk, out, scratch);

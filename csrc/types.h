@@ -82,34 +82,37 @@ struct Tokens {
   int64_t count;
   int64_t stride;         // padded(columns)
   const float* values;    // float32 [count, stride]; null when fixed point is used
-  // Fixed point: 16-bit integers in the order the kernel decodes a chunk in, and one float32 unit a chunk. Float32 input is
+  // Fixed point: 16-bit integers in the order the kernel decodes a chunk in, and one float32 unit per chunk. Float32 input is
   // the sum of two planes, [count, 2, stride]: its rounding to 16 bits, and the rounding of what is left.
   int64_t planes;
   const int16_t* fixed;   // [count, planes, stride]
   const float* units;     // [count, planes, stride / 64]
 };
 
-// Input of a product of many tokens: bfloat16 [columns / kManyColumns, count, kManyColumns], zero after the matrix' columns.
+// Input of the product of a block of tokens (GEMM): bfloat16 [columns / kGemmColumns, count, kGemmColumns], zero after the
+// matrix' columns.
 // What a panel meets lies together: rows of x thousands of bytes apart would share few sets of the caches.
-struct ManyTokens {
+struct GemmInput {
   int64_t count;
   const uint16_t* values;
 };
 
-// A product of many tokens takes tasks of kManyRows rows, in panels of kManyPanel rows and kManyColumns columns, and keeps the sums
-// of kManyTokens tokens. Scales are read for kManyScaled columns at a time. Measured on one core of a Zen 5, ms:
-//   kManyRows 48 / 96: 2048 x 8192, 24 tokens 2.89 / 3.42; 8192 x 2048, 24 tokens 2.87 / 3.12 (more rows, more pages at a time)
-//   kManyColumns 256, 384, 512: no difference at 32 or at 512 tokens; at 256 a panel is half of the first-level cache
-constexpr int64_t kManyPanel = 48, kManyRows = kManyPanel, kManyColumns = 256, kManyScaled = 2048, kManyTokens = 512;
+// That product takes tasks of kGemmRows rows, in panels of kGemmPanel rows and kGemmColumns columns, and keeps the sums
+// of kGemmTokens tokens. Scales are read for kGemmScaled columns at a time. Milliseconds for 24 tokens, one core of a Zen 5:
+//   kGemmRows   2048 x 8192   8192 x 2048
+//          48   2.89          2.87
+//          96   3.42          3.12          (more rows, more pages at a time)
+// kGemmColumns of 256, 384, 512: no difference at 32 or at 512 tokens; at 256 a panel is half of the first-level cache.
+constexpr int64_t kGemmPanel = 48, kGemmRows = kGemmPanel, kGemmColumns = 256, kGemmScaled = 2048, kGemmTokens = 512;
 
-struct ManyScratch {
-  float* scales;     // [kManyRows / 16, 4 kManyScaled / 64, 16]: sixteen rows side by side, 4 to a chunk at most
-  float* buffer;     // [16, 4 kManyScaled / 64]
-  float* partial;    // [kManyRows, tokens]: sums over the columns so far
-  uint16_t* panel;   // [kManyColumns / 2, kManyPanel, 2]
+struct GemmScratch {
+  float* scales;     // [kGemmRows / 16, 4 kGemmScaled / 64, 16]: sixteen rows side by side, 4 to a chunk at most
+  float* buffer;     // [16, 4 kGemmScaled / 64]
+  float* partial;    // [kGemmRows, tokens]: sums over the columns so far
+  uint16_t* panel;   // [kGemmColumns / 2, kGemmPanel, 2]
 };
 
-// A product by tiles (tiles256.h): kTileRows outputs and kTileColumns of what is summed over. Input lies as for `ManyTokens`:
+// A product by tiles (tiles256.h): kTileRows outputs and kTileColumns of what is summed over. Input lies as for `GemmInput`:
 // [columns / kTileColumns, count, kTileColumns], zero after the matrix' columns; as float32, or as integers with a unit for each `run`.
 struct TileTokens {
   int64_t count;
@@ -161,9 +164,9 @@ struct Kernels {
   void (*dot_fixed)(const Packed&, const Table&, const Tokens&, int64_t row0, int64_t row1, const Output&,
                     float* scratch);
 
-  // out = x Wᵀ + bias in bfloat16 for rows [row0, row1), kManyRows at most. Null: not supported.
-  void (*many)(const Packed&, const Table&, const ManyTokens&, int64_t row0, int64_t row1, const Output&,
-               const ManyScratch&);
+  // out = x Wᵀ + bias in bfloat16 for rows [row0, row1), kGemmRows at most. Null: not supported.
+  void (*gemm)(const Packed&, const Table&, const GemmInput&, int64_t row0, int64_t row1, const Output&,
+               const GemmScratch&);
 
   // sums[m, k - col0] += sum_n x[m, n] * weight[n, k] for all rows and columns [col0, col1); col0 a multiple of 64.
   void (*transposed)(const Packed&, const Table&, const float* x, int64_t x_stride, int64_t tokens, int64_t col0,
@@ -209,8 +212,8 @@ struct Kernels {
   const Kernels* dynamic = nullptr;
 };
 
-// How many scales a chunk of 64 weights spans: 1, 2 or 4, or 64 for "one a weight", which serves any block size.
-constexpr int64_t parts_of(const Scales& s) {
+// How many scales a chunk of 64 weights spans: 1, 2 or 4, or 64 for "one per weight", which serves any block size.
+constexpr int64_t scales_per_chunk(const Scales& s) {
   return s.per_row <= 1 || s.block % 64 == 0 ? 1 : s.block % 32 == 0 ? 2 : s.block % 16 == 0 ? 4 : 64;
 }
 

@@ -7,7 +7,7 @@
 #include "kernels.h"
 #include "segments512.h"
 #if defined(OCTAVO_BF16)
-#include "many_bf16.h"
+#include "gemm_bf16.h"
 #endif
 
 namespace octavo {
@@ -100,10 +100,10 @@ struct Vbmi : Simd512 {
     low = _mm512_unpacklo_epi8(b0, b1);
     high = _mm512_unpackhi_epi8(b0, b1);
   }
-  template <int M, int Parts>
+  template <int M, int PerChunk>
   static OCTAVO_INLINE void fixed_chunk(const FixedCodes& codes, const uint8_t* q, const float* factors,
                                         int64_t c, const int16_t* x, int64_t stride, V (&acc)[M]) {
-    fixed_chunk512<Vbmi, M, Parts>(codes, q, factors, c, x, stride, acc);
+    fixed_chunk512<Vbmi, M, PerChunk>(codes, q, factors, c, x, stride, acc);
   }
   static OCTAVO_INLINE __m512i madd(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
@@ -155,9 +155,9 @@ const Kernels& vbmi_kernels() {
   constexpr const char* name = "vbmi";
 #endif
 #if defined(OCTAVO_BF16)
-  constexpr auto many_tokens = many<Vbmi>;
+  constexpr auto product = gemm<Vbmi>;
 #else
-  constexpr auto many_tokens = nullptr;
+  constexpr auto product = nullptr;
 #endif
   // A look-up in registers is faster than computing in fixed point, and slower in float32 where base and slope are bytes. Measured
   // on one core of a Zen 4, 16384 x 4096, one token, G weights/s, looked up / computed: bfloat16 22.8 / 20.1, float32 10.8 / 12.5.
@@ -169,7 +169,7 @@ const Kernels& vbmi_kernels() {
       name, prepare_integers, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, nullptr, transposed<Vbmi>,
       dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>};
   static constexpr Kernels kernels{
-      name, prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, many_tokens, transposed<Vbmi>,
+      name, prepare_bytes, widen<Vbmi>, narrow<Vbmi>, to_fixed512, dot<Vbmi>, dot_fixed<Vbmi>, product, transposed<Vbmi>,
       dequantize<Vbmi>, absmax<Vbmi>, encode<Vbmi>, deviate<Vbmi>, count<Vbmi>, nullptr, nullptr, nullptr, &bytes, &wide, avx2_kernels};
   return kernels;
 }

@@ -80,7 +80,7 @@ MISTAKES = [
     (f"{FINETUNE} {{blank}}", r"--data .*blank\.txt: the file holds nothing but blank lines"),
     (f"{FINETUNE} {{folder}}", r"--data .*expected a \.txt, \.jsonl, \.json or \.csv file, found"),
     (f"{FINETUNE} {{markdown}}", r"expected a \.txt, \.jsonl, \.json or \.csv file, found \.md"),
-    (f"{FINETUNE} {{broken_json}}", r"broken\.jsonl, line 2: expected a JSON object a line"),
+    (f"{FINETUNE} {{broken_json}}", r"broken\.jsonl, line 2: expected a JSON object per line"),
     (
         f"{FINETUNE} {{other_fields}}",
         r"other\.jsonl, line 1: expected `text`.*found \['answer', 'question'\]",

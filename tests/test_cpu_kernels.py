@@ -186,7 +186,7 @@ def test_many_tokens(isa, rows, columns, block_size, tokens, dtype, with_bias):
     block_size = min(block_size, columns)
     x = torch.randn(tokens, columns, generator=generator).to(dtype)
     bias = torch.randn(rows, generator=generator).to(dtype) if with_bias else None
-    found = cpu.products._linear_many(x, qdata, absmax, code, block_size, bias, tokens)
+    found = cpu.products._linear_gemm(x, qdata, absmax, code, block_size, bias, tokens)
     tiles = isa in ("avx2", "avx512", "vbmi", "vbmi_bf16") and codebook.segments(code) is not None
     if columns % 16 == 0 or block_size != columns:
         assert (found is not None) == (tiles or (isa == "vbmi_bf16" and dtype == torch.bfloat16))
@@ -215,7 +215,7 @@ def test_many_tokens_transposed(isa, rows, columns, block_size, tokens, dtype):
     qdata, absmax, code, generator = packed(rows, columns, block_size, tokens)
     x = torch.randn(tokens, rows, generator=generator).to(dtype)
     out = torch.empty(tokens, columns, dtype=dtype)
-    done = cpu.native.library.linear_transposed_many(
+    done = cpu.native.library.linear_transposed_gemm(
         *cpu.native.matrix(qdata, absmax, code, min(block_size, columns)),
         x.data_ptr(),
         cpu.TYPES[dtype],
@@ -238,11 +238,11 @@ def test_many_tokens_of_odd_values(dtype, value):
     code = codebook.fit(weight, 64)
     parts = *reference.quantize(weight, code, 64, torch.float16), code, 64
     x = torch.randn(40, 512).to(dtype)
-    plain = cpu.products._linear_many(x, *parts, None, 40)
+    plain = cpu.products._linear_gemm(x, *parts, None, 40)
     if plain is None:
         pytest.skip("no tiles")
     x[7, 100:] = value
-    found = cpu.products._linear_many(x, *parts, None, 40)
+    found = cpu.products._linear_gemm(x, *parts, None, 40)
     others = torch.arange(40) != 7
     torch.testing.assert_close(found[others], plain[others], rtol=2**-6, atol=0.2)
     expected = x[7].double() @ exact(*parts).T
@@ -252,7 +252,7 @@ def test_many_tokens_of_odd_values(dtype, value):
 def test_many_tokens_need_blocks_of_sixteen():
     qdata, absmax, code, generator = packed(40, 200, 100, 1)
     x = torch.randn(9, 200, generator=generator).to(torch.bfloat16)
-    assert cpu.products._linear_many(x, qdata, absmax, code, 100, None, 9) is None
+    assert cpu.products._linear_gemm(x, qdata, absmax, code, 100, None, 9) is None
     weight = exact(qdata, absmax, code, 100)
     check_close(
         cpu.linear_fast(x, qdata, absmax, code, 100), x.double() @ weight.T, x, weight, torch.bfloat16

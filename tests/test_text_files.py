@@ -176,5 +176,5 @@ def test_fields_may_be_as_long_as_the_file(name, tmp_path):
 
 def test_a_number_of_ten_thousand_digits_is_told_with_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "id": ' + "1" * 10_000 + "}")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected a JSON object a line"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected a JSON object per line"):
         read_records([str(tmp_path / "a.jsonl")])

@@ -132,15 +132,15 @@ void run(const Kernels& k, const Case& c, Random& random) {
 
   // By tiles, or in bfloat16 by the instructions for it.
   for (const bool tiles : {false, true}) {
-    if (!tiles && !(c.type == kBFloat16 && has_many(k, m))) continue;
+    if (!tiles && !(c.type == kBFloat16 && has_gemm(k, m))) continue;
     // More tokens than a tile, and once more than the sums kept at a time.
-    const int64_t many = random.whole(0, 20) ? random.whole(1, 40) : 520;
-    Guarded wide(bytes_of(c.type, many * c.columns), c.at_end), found(bytes_of(c.type, many * c.rows), c.at_end);
-    for (int64_t i = 0; i < many * c.columns; i++) put(wide.as<void>(), c.type, i, random.uniform(-1, 1));
-    if (!tiles) linear_many(k, m, wide.as<void>(), many, bias.as<void>(), c.type, found.as<void>(), threads);
-    else if (!linear_tiles(k, m, wide.as<void>(), c.type, many, bias.as<void>(), c.type, found.as<void>(), threads)) break;
+    const int64_t count = random.whole(0, 20) ? random.whole(1, 40) : 520;
+    Guarded wide(bytes_of(c.type, count * c.columns), c.at_end), found(bytes_of(c.type, count * c.rows), c.at_end);
+    for (int64_t i = 0; i < count * c.columns; i++) put(wide.as<void>(), c.type, i, random.uniform(-1, 1));
+    if (!tiles) linear_gemm(k, m, wide.as<void>(), count, bias.as<void>(), c.type, found.as<void>(), threads);
+    else if (!linear_tiles(k, m, wide.as<void>(), c.type, count, bias.as<void>(), c.type, found.as<void>(), threads)) break;
     same = true;
-    for (int64_t t = 0; t < many; t++)
+    for (int64_t t = 0; t < count; t++)
       for (int64_t n = 0; n < c.rows; n++) {
         double sum = get(bias.as<void>(), c.type, n);
         for (int64_t i = 0; i < c.columns; i++)
@@ -149,7 +149,7 @@ void run(const Kernels& k, const Case& c, Random& random) {
         same = same && std::fabs(sum - get(found.as<void>(), c.type, t * c.rows + n)) <=
                            tolerance * (1 + std::sqrt(static_cast<double>(c.columns)));
       }
-    expect(same, tiles ? "linear_tiles" : "linear_many", k, m, c.type);
+    expect(same, tiles ? "linear_tiles" : "linear_gemm", k, m, c.type);
   }
 
   for (const bool tiles : {false, true}) {

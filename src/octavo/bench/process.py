@@ -2,7 +2,7 @@
 
     python -m octavo.bench.process MODULE:NAME THREADS '{"argument": ...}'
 
-makes `engine = MODULE.NAME(argument=...)` and then answers requests on standard input, one JSON object a line:
+makes `engine = MODULE.NAME(argument=...)` and then answers requests on standard input, one JSON object per line:
 {"do": "decode", "with": {"tokens": 8}} → {"result": engine.decode(tokens=8)}; "peak_memory" and "page_kinds" are the process's.
 Its first line is {"result": null} once the engine is ready. An error is {"error": type, "message": text}, and ends it.
 

@@ -28,7 +28,7 @@ from .text import read_windows
 TOKENS = 16384
 # Longer windows cost attention; most of what matters to a layer's inputs shows within so many.
 WINDOW = 512
-# Fewer inputs than this share of a row's length span too little of what other text brings: a pooler sees one a window.
+# Fewer inputs than this share of a row's length span too little of what other text brings: a pooler sees one per window.
 FEWEST_INPUTS = 0.25
 # The sums may take this share of the memory that is free, and at least so many bytes.
 MEMORY_SHARE, LEAST_MEMORY = 0.5, 1 << 30

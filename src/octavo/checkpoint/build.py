@@ -108,7 +108,7 @@ class UnitReader:
     """Reads one unit of a checkpoint. Its quantized outputs are kept until each of their three parts has been
     asked for.
 
-    transformers loads from several threads at once; one lock a unit keeps them from quantizing it twice.
+    transformers loads from several threads at once; one lock per unit keeps them from quantizing it twice.
     """
 
     def __init__(self, unit: Unit, source: Source, skeleton: Any):

@@ -22,7 +22,7 @@ def bench(
         DtypeName | None,
         typer.Option(help="Type to compute in. Default: the model's own, where the device is good at it."),
     ] = None,
-    threads: Annotated[int | None, integer(help="Of the CPU. Default: one a core.", min=1)] = None,
+    threads: Annotated[int | None, integer(help="Of the CPU. Default: one per core.", min=1)] = None,
     tokens: Annotated[int, integer(help="Tokens to decode one by one.", min=1)] = 32,
     prefill: Annotated[int, integer(help="Tokens of the prompt that is read in one pass.", min=1)] = 256,
     quick: Annotated[

@@ -176,7 +176,7 @@ def _show(found: Any) -> None:
     say(out, found.sentence)
     say(
         out,
-        "The columns: error of the weights, ‖w−ŵ‖²/‖w‖²; KL: divergence from the float model's predictions, nats a token, and "
+        "The columns: error of the weights, ‖w−ŵ‖²/‖w‖²; KL: divergence from the float model's predictions, nats per token, and "
         "its 99th percentile; top-1: how often both find the same token likeliest.",
         style="dim",
     )

@@ -23,7 +23,7 @@ def inspect(
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Everything, one entry a parameter, as JSON.")
+        bool, typer.Option("--json", help="Everything, one entry per parameter, as JSON.")
     ] = False,
 ) -> None:
     """Show what of MODEL is in 8 bits, its size and its error. The error is that against --against.

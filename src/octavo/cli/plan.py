@@ -170,7 +170,7 @@ def _show(console: Any, title: str, estimate: Any, available: int | None) -> Non
         fits.append((f" into {_gib(available).strip()}", ""))
     console.print()
     say(console, (title, "bold"), *fits)
-    # One unit a table.
+    # One unit per table.
     unit, name = (2**30, "GiB") if estimate.total >= 2**30 else (2**20, "MiB")
     for part, count in (*estimate.parts.items(), ("together", estimate.total)):
         say(console, f"  {part:32} {count / unit:8.2f} {name}", style="bold" if part == "together" else "")

@@ -82,7 +82,7 @@ def show_table(
     column before them; names in it that are wider than the terminal are cut after a dot or a slash.
 
     Args:
-        titles: one a column.
+        titles: one per column.
         rows: as many cells each.
         title: above the table.
         left: numbers of the columns of words; the others are figures.

@@ -101,7 +101,7 @@ class FormatComparison:
         weights: weights in the matrices that the formats hold.
         parameters: of the whole model, tied ones once.
         own_type: type of the checkpoint.
-        rows: one a format, in the order asked for.
+        rows: one per format, in the order asked for.
     """
 
     model: str

@@ -57,7 +57,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             below.axhline(change, color=style[0], linestyle="--", linewidth=1.2)
     if any(row["kl_mean"] > 0 for row in rows):
         above.set_yscale("log")
-    above.set_ylabel("mean KL divergence\nfrom the float model, nats a token")
+    above.set_ylabel("mean KL divergence\nfrom the float model, nats per token")
     below.axhline(0, color="black", linewidth=0.8, zorder=0)
     below.set_ylabel("change of perplexity, %")
     below.set_xlabel("bits per weight, scales and codebooks included")

@@ -81,7 +81,7 @@ class Comparison:
     Attributes:
         against: the base.
         base: the base's perplexity.
-        difference: of the negative log-likelihoods, model minus base, in nats a token.
+        difference: of the negative log-likelihoods, model minus base, in nats per token.
         divergence: of the predictions.
         base_dtype: type the base computed in.
     """
@@ -188,7 +188,7 @@ class Evaluation:
 
 
 def comparison_dict(comparison: Comparison) -> dict[str, Any]:
-    """A comparison, as JSON takes it. `difference` and its interval are in nats a token."""
+    """A comparison, as JSON takes it. `difference` and its interval are in nats per token."""
     difference, divergence = comparison.difference, comparison.divergence
     known = difference.low is not None and difference.high is not None
     return {
@@ -210,12 +210,12 @@ def comparison_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def exp_interval(found: statistics.Interval) -> tuple[float, float] | None:
-    """An interval in nats a token as one of perplexity (or, of a difference, of its ratio)."""
+    """An interval in nats per token as one of perplexity (or, of a difference, of its ratio)."""
     return None if found.low is None or found.high is None else (math.exp(found.low), math.exp(found.high))
 
 
 def percent(nats: float) -> str:
-    """A difference in nats a token as a change of perplexity in percent, two digits of it."""
+    """A difference in nats per token as a change of perplexity in percent, two digits of it."""
     change = 100 * math.expm1(nats)
     digits = 2 if abs(change) >= 0.1 or change == 0 else min(8, 1 - math.floor(math.log10(abs(change))))
     return f"{change:+.{digits}f} %"

@@ -9,10 +9,10 @@ a format costs a model is then measured on a float model that holds the decoded 
     bitsandbytes              the same, made by that library (which must be installed)         8.01
     dynamic-B                 the same map, blocks of B along rows                             8 + 32 / B
     fitted-B                  Octavo: a codebook fitted to each matrix, blocks of B            8 + 16 / B
-    int8-row                  symmetric int8, a scale a row (torchao, storage of LLM.int8)     8.01
+    int8-row                  symmetric int8, a scale per row (torchao, storage of LLM.int8)   8.01
     int8-B                    symmetric int8, blocks of B                                      8 + 16 / B
     q8_0                      llama.cpp: int8, blocks of 32                                    8.5
-    fp8-row                   float8 e4m3, a scale a row                                       8.01
+    fp8-row                   float8 e4m3, a scale per row                                     8.01
 
 Example:
     >>> import torch

@@ -10,7 +10,7 @@ A safetensors file, written row by row:
 
     tensor      type, shape                     what
     nll         float64 [tokens]                negative log-likelihood of each token scored, in nats
-    states      the model's, [tokens, width]    what the head was given, one row a token     either these three
+    states      the model's, [tokens, width]    what the head was given, one row per token   either these three
     head        [vocabulary, width]             the head's matrix, de-quantized
     head_bias   [vocabulary], if there is one
     logits      the model's, [tokens, vocab.]   ... or these
@@ -61,7 +61,7 @@ class About:
     Attributes:
         model: as the user named it.
         dtype: type it computed in.
-        vocabulary: logits a token.
+        vocabulary: logits per token.
         window, stride: as in `octavo.evaluation.scoring`.
         texts: name, tokens and SHA-256 of the tokens of each text.
     """

@@ -142,7 +142,7 @@ def _rows(found: Evaluation) -> list[tuple[str, str, str]]:
     ]
     if found.bits_per_weight:
         rows.append(
-            ("Bits a weight", f"{found.bits_per_weight:.3f}", "stored, scales and codebooks included")
+            ("Bits per weight", f"{found.bits_per_weight:.3f}", "stored, scales and codebooks included")
         )
     if comparison is None:
         return rows
@@ -160,7 +160,7 @@ def _rows(found: Evaluation) -> list[tuple[str, str, str]]:
         (
             "KL divergence, mean",
             f"{divergence.kl_mean:.3e}",
-            "nats a token, base to model; 0: the same predictions",
+            "nats per token, base to model; 0: the same predictions",
         ),
         ("KL divergence, 99th percentile", f"{divergence.kl_p99:.3e}", "of the tokens"),
         ("KL divergence, largest", f"{divergence.kl_max:.3e}", "of one token"),

@@ -43,7 +43,7 @@ class Perplexity:
 
     @property
     def word_perplexity(self) -> float:
-        """exp of the negative log-likelihood a word; infinity where that is too large for a number."""
+        """exp of the negative log-likelihood per word; infinity where that is too large for a number."""
         return math.exp(self.nll / self.words) if self.nll / self.words < 700 else math.inf
 
     @property

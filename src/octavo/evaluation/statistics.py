@@ -3,7 +3,7 @@
 The unit is a window (what it scores): tokens within one are too much alike to count as independent. A short text
 has few windows; below 32 they are cut into shorter runs, which is said beside the result.
 
-- The interval: the percentile bootstrap (Efron, 1979). Units are drawn with replacement, the mean difference a token taken anew.
+- The interval: the percentile bootstrap (Efron, 1979). Units are drawn with replacement, the mean difference per token taken anew.
 - The p-value: if the models did not differ, each unit's difference might as well have had the other sign (Fisher's
   randomization test for pairs). Signs are flipped at random; p is the share of flips, the text's own among them, whose
   sum is at least as far from zero. It assumes no distribution, and with up to 14 units all flips are taken: it is exact.
@@ -37,10 +37,10 @@ _DRAWS = 1 << 22
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean a token and its interval.
+    """A mean per token and its interval.
 
     Attributes:
-        mean: in nats a token.
+        mean: in nats per token.
         low, high: the bootstrap interval of 95 %; None where the text has too few units.
         units: what was drawn; `unit` says what one is.
     """
@@ -90,7 +90,7 @@ def _sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def bootstrap(
     sums: np.ndarray, lengths: np.ndarray, seed: int = SEED, resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """Mean a token of each of `resamples` draws of units with replacement.
+    """Mean per token of each of `resamples` draws of units with replacement.
 
     Args:
         sums: each unit's sum.

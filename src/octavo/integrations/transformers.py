@@ -204,7 +204,7 @@ class OctavoHfQuantizer(HfQuantizer):
         else reserve what 16 bits take."""
         if param_name not in self.dtypes:
             return super().param_element_size(model, param_name, param)
-        # One byte a weight, and a scale of 2 (float16) or 4 bytes for each block.
+        # One byte per weight, and a scale of 2 (float16) or 4 bytes for each block.
         scale = 2 if self.quantization_config.codebook == "fitted" else 4
         return 1 + scale / self.quantization_config.row_block
 

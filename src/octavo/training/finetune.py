@@ -59,7 +59,7 @@ class Outcome:
     Attributes:
         model: PEFT's model, trained.
         before, after: "eval_loss", "eval_perplexity", "eval_tokens" on the validation set; empty without one.
-        history: the Trainer's log, one dict an entry.
+        history: the Trainer's log, one dict per entry.
         steps: steps taken in all.
         interrupted: Ctrl-C stopped it; `--resume` goes on.
         trainable, total: numbers of parameters.

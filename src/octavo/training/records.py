@@ -2,7 +2,7 @@
 
     file                    what a record is
     .txt                    the whole file is one text, cut into pieces of `max_length` (packed)
-    .jsonl, .json           one record a line: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}
+    .jsonl, .json           one record per line: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}
     .csv                    columns `text`, or `prompt` and `completion`
     anything else           a data set's id on the Hugging Face hub, its `train` split with columns as above
 
@@ -107,7 +107,7 @@ def _read_json(text: str, path: Path) -> Iterable[tuple[str, Any]]:
             # A number of thousands of digits is a ValueError too.
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: expected a JSON object a line, found {error}"
+                    f"{path}, line {number}: expected a JSON object per line, found {error}"
                 ) from error
 
 

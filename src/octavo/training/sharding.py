@@ -63,7 +63,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def shard_frozen(model: nn.Module, device: torch.device) -> None:
-    """Cut every frozen parameter of a model with adapters into one share a process, in place.
+    """Cut every frozen parameter of a model with adapters into one share per process, in place.
 
     Args:
         model: the same in every process; torch.distributed is initialized. It may be on the CPU: a layer is moved to

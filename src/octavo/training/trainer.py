@@ -68,7 +68,7 @@ class OctavoTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Loss a token and perplexity over a data set, every token counted once whatever the batch size.
+        """Loss per token and perplexity over a data set, every token counted once whatever the batch size.
 
         Returns:
             {"eval_loss", "eval_perplexity", "eval_tokens"}, which also goes to the log.

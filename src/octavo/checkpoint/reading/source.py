@@ -277,7 +277,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def stated_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
-    """The type that a config.json states: as a string, or as a dictionary of one a part ("" for the whole), under `dtype`
+    """The type that a config.json states: as a string, or as a dictionary of one per part ("" for the whole), under `dtype`
     or, as older versions of transformers wrote it, `torch_dtype`; else the type that its text model states.
 
     None if it states none, "auto", or one that no model computes in.

@@ -20,7 +20,7 @@ class ConvertResult:
 
     Attributes:
         out: the folder written.
-        rows: one a parameter.
+        rows: one per parameter.
         source_bytes: bytes of the source's tensors.
         bytes: bytes of the files with weights that were written.
         seconds: how long this run took.

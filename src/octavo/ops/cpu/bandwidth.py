@@ -17,7 +17,7 @@ DEFAULT_SIZE = 1 << 28
 
 
 def read_bandwidth(size: int = DEFAULT_SIZE, repeats: int = 5) -> float:
-    """Bytes a second that the memory delivers to all of torch's threads together: the best of some passes over `size` bytes.
+    """Bytes per second that the memory delivers to all of torch's threads together: the best of some passes over `size` bytes.
 
     By the native kernels' own way of reading; without them by PyTorch's sum of integers, which a processor may not be able to
     do at the memory's speed.

@@ -1,4 +1,4 @@
-"""Products with a quantized matrix and with its transpose: fused for a few tokens, by panels of de-quantized rows for many.
+"""Products with a quantized matrix and with its transpose: fused for a few tokens, by tiles or panels for a block.
 
 The panels are multiplied by PyTorch, or, for bfloat16 where the processor has instructions for it, by the kernels themselves.
 
@@ -22,28 +22,38 @@ import torch.nn.functional as F
 from . import native
 from .native import TYPES
 
-# Most tokens for the fused product, row by row as the weights are read; more go by the products of many tokens, or through
-# panels of de-quantized rows and PyTorch's matmul.
+# Most tokens for the fused product, row by row as the weights are read; more go by the kernels' product of a block of tokens
+# (GEMM), or through panels of de-quantized rows and PyTorch's matmul.
 #
-# In bfloat16 where the kernels have instructions for it (csrc/many_bf16.h), against that product. Measured on one core of a
-# Zen 5, cycles for 64 weights, fused against many, from cache: 8: 26.5 / 25.5, 16: 53 / 34; from memory: 8: 26 / 31.
-_FUSED_TOKENS_BEFORE_MANY = 8
-# Most tokens for that product; more are taken in groups of 512 (csrc/types.h), each of which decodes the weights again. Measured
-# on two cores of a Zen 5, time over PyTorch's with a dense matrix, many / panels:
-#   512 tokens: 8192 x 2048 1.02 / 1.03, 2048 x 8192 1.00 / 1.07; 1024: 1.02 / 1.01, 1.02 / 1.02; 2048: 1.11 / 1.01, 1.16 / 1.01
-_MANY_TOKENS = 512
+# In bfloat16 where the kernels have instructions for it (csrc/gemm_bf16.h), against that product. Cycles for 64 weights on one
+# core of a Zen 5:
+#            from cache      from memory
+#   tokens   fused   GEMM    fused   GEMM
+#        8   26.5    25.5    26      31
+#       16   53      34
+_FUSED_TOKENS_BEFORE_GEMM = 8
+# Most tokens for that product; more are taken in groups of 512 (csrc/types.h), each of which decodes the weights again. Time over
+# PyTorch's with a dense matrix, two cores of a Zen 5:
+#            8192 x 2048      2048 x 8192
+#   tokens   GEMM   panels    GEMM   panels
+#      512   1.02   1.03      1.00   1.07
+#     1024   1.02   1.01      1.02   1.02
+#     2048   1.11   1.01      1.16   1.01
+_GEMM_TOKENS = 512
 # On processors with matrix tiles (AMX), which PyTorch uses and these kernels do not, panels take over at what its packing of a
 # panel costs, an estimate that is not measured.
-_MANY_TOKENS_TILES = 32
-# For a codebook of free entries, against panels. Measured on one core of a Zen 5, 2048 x 2048, ms a call, fused / panels:
-#   bfloat16   8: 0.39 / 0.61   16: 0.77 / 0.74   24: 1.15 / 0.85
-#   float32    8: 0.66 / 1.2    24: 1.9 / 2.4     32: 2.6 / 3.0     64: 5.6 / 6.3 (4096 x 4096: 25 / 24)
-#   float16    8: 0.41 / 1.3    24: 1.2 / 2.4     32: 1.6 / 3.1, and so on in proportion (panels in float32: PyTorch's float16
-#              takes 9.5 at 32)
+_GEMM_TOKENS_TILES = 32
+# For a codebook of free entries, against panels. Milliseconds per call, fused / panels, 2048 x 2048, one core of a Zen 5:
+#   tokens     8             16            24            32          64
+#   bfloat16   0.39 / 0.61   0.77 / 0.74   1.15 / 0.85
+#   float32    0.66 / 1.2                  1.9 / 2.4     2.6 / 3.0   5.6 / 6.3 (4096 x 4096: 25 / 24)
+#   float16    0.41 / 1.3                  1.2 / 2.4     1.6 / 3.1   and so on in proportion
+# (float16's panels are in float32: PyTorch's float16 takes 9.5 at 32 tokens.)
 _ALWAYS = 1 << 40
 _FUSED_TOKENS_FREE = {torch.bfloat16: 14, torch.float32: 32, torch.float16: _ALWAYS}
-# The same where free entries are looked up slowly (avx2, neon, portable): on avx2, 2048 x 2048, bfloat16, one core of a Zen 5:
-# 4: 1.2 / 1.7   8: 2.3 / 1.9.
+# The same where free entries are looked up slowly (avx2, neon, portable). On avx2 in bfloat16:
+#   tokens     4             8
+#              1.2 / 1.7     2.3 / 1.9
 _FUSED_TOKENS_SLOW = 4
 # On AVX2 for a codebook of segments, against its product by tiles (csrc/tiles256.h). One core of a Zen 4 that others used too,
 # 4096 x 4096, processor time of PyTorch's float32 (with AVX-512) over ours, fused / tiles:
@@ -52,13 +62,17 @@ _FUSED_TOKENS_SLOW = 4
 #   bfloat16    3.90/1.93  2.47/1.88  1.98/1.79  1.80/1.72  1.42/1.62  1.59  1.53
 #   float16     3.92/1.81  2.51/1.69  2.00/1.66  1.76/1.57  1.35/1.48  1.47  1.45
 _FUSED_TOKENS_TILES = {torch.float32: 11, torch.bfloat16: 19, torch.float16: 24}
-# Most tokens for the fused product with the transposed matrix, measured as above in bfloat16: 4: 0.52 / 0.60, 8: 0.86 / 0.71.
+# Most tokens for the fused product with the transposed matrix. Likewise, in bfloat16:
+#   tokens     4             8
+#              0.52 / 0.60   0.86 / 0.71
 _FUSED_TOKENS_TRANSPOSED = 6
 # Rows of a de-quantized panel, and the most bytes of one: half of the third-level cache of the processor measured on. The input
-# is read anew for each panel, so that few rows cost time. Two cores of a Zen 5, time over PyTorch's with a dense matrix,
-# bfloat16, panels of 2 / 4 / 8 / 16 / 32 MB:
-#   2048 x 8192, 2048 tokens: 1.19 1.08 1.02 1.03 1.13   8192 x 2048, 2048 tokens: 1.01 1.01 1.01 1.03 1.12
-#   2048 x 8192, 1024 tokens: 1.19 1.13 1.08 1.05 1.03   16384 x 4096 transposed, 1024 tokens: 1.50 1.23 1.12 1.06 1.09
+# is read anew for each panel, so few rows cost time. Time over PyTorch's with a dense matrix, two cores of a Zen 5, bfloat16:
+#   panels of MB                            2      4      8      16     32
+#   2048 x 8192, 2048 tokens                1.19   1.08   1.02   1.03   1.13
+#   8192 x 2048, 2048 tokens                1.01   1.01   1.01   1.03   1.12
+#   2048 x 8192, 1024 tokens                1.19   1.13   1.08   1.05   1.03
+#   16384 x 4096 transposed, 1024 tokens    1.50   1.23   1.12   1.06   1.09
 _PANEL_ROWS = 1024
 _PANEL_BYTES = 16 << 20
 # Panels of columns start at multiples of this.
@@ -90,13 +104,13 @@ def _fused_tokens() -> tuple[dict[torch.dtype, int], dict[torch.dtype, int]]:
     if _ISA in ("avx512", "vbmi"):
         return _FUSED_TOKENS_TILES | {torch.float32: 32}, _FUSED_TOKENS_FREE
     if _ISA == "vbmi_bf16":
-        free = _FUSED_TOKENS_FREE | {torch.bfloat16: _FUSED_TOKENS_BEFORE_MANY}
+        free = _FUSED_TOKENS_FREE | {torch.bfloat16: _FUSED_TOKENS_BEFORE_GEMM}
         return free | {torch.float16: _FUSED_TOKENS_TILES[torch.float16]}, free
     slow = dict.fromkeys(TYPES, _FUSED_TOKENS_SLOW)
     return slow, slow
 
 
-def _many_tokens() -> dict[torch.dtype, int]:
+def _gemm_tokens() -> dict[torch.dtype, int]:
     """Most tokens for a product by the kernels alone: by tiles, or in bfloat16 with instructions for it."""
     if _ISA == "avx2":
         return dict.fromkeys(TYPES, _ALWAYS)
@@ -105,13 +119,13 @@ def _many_tokens() -> dict[torch.dtype, int]:
         return dict.fromkeys(TYPES, _ALWAYS) | {torch.float32: 0}
     if _ISA == "vbmi_bf16":
         tiles = "amx_bf16" in native.library.cpu_features()
-        many = _MANY_TOKENS_TILES if tiles else _MANY_TOKENS
-        return {torch.float32: 0, torch.float16: _ALWAYS, torch.bfloat16: many}
+        most = _GEMM_TOKENS_TILES if tiles else _GEMM_TOKENS
+        return {torch.float32: 0, torch.float16: _ALWAYS, torch.bfloat16: most}
     return dict.fromkeys(TYPES, 0)
 
 
 FUSED_TOKENS, FUSED_TOKENS_FREE = _fused_tokens()
-MANY_TOKENS = _many_tokens()
+GEMM_TOKENS = _gemm_tokens()
 
 
 def _fused(tokens: int, dtype: torch.dtype, code: torch.Tensor) -> bool:
@@ -132,17 +146,17 @@ def linear_fast(x, qdata, absmax, code, block_size, bias=None):
     tokens = x.numel() // columns
     code = code.contiguous()
     if not _fused(tokens, dtype, code):
-        if tokens <= MANY_TOKENS[dtype]:
-            out = _linear_many(x, qdata, absmax, code, block_size, bias, tokens)
+        if tokens <= GEMM_TOKENS[dtype]:
+            out = _linear_gemm(x, qdata, absmax, code, block_size, bias, tokens)
             if out is not None:
                 return out
         return _linear_panels(x, qdata, absmax, code, block_size, bias)
     return _native(native.library.linear, x, qdata, absmax, code, block_size, bias, tokens)[0]
 
 
-def _linear_many(*arguments):
-    """Many tokens in one native call, or None where the kernels, the codebook or the blocks do not allow it."""
-    out, done = _native(native.library.linear_many, *arguments)
+def _linear_gemm(*arguments):
+    """A block of tokens in one native call, or None where the kernels, the codebook or the blocks do not allow it."""
+    out, done = _native(native.library.linear_gemm, *arguments)
     return out if done else None
 
 
@@ -199,7 +213,7 @@ def panel_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
 
 
 def _linear_panels(x, qdata, absmax, code, block_size, bias):
-    """Many tokens: a panel of rows is de-quantized into a buffer that stays in cache and multiplied by PyTorch."""
+    """A block of tokens: a panel of rows is de-quantized into a buffer that stays in cache and multiplied by PyTorch."""
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
     rows, columns = qdata.shape
     dtype = _PANEL_TYPES[x.dtype]
@@ -234,10 +248,10 @@ def linear_transposed_fast(x, qdata, absmax, code, block_size):
     matrix = native.matrix(qdata, absmax, code, block_size)
     threads = torch.get_num_threads()
     fused = tokens <= _FUSED_TOKENS_TRANSPOSED
-    if fused or MANY_TOKENS[torch.float32]:
+    if fused or GEMM_TOKENS[torch.float32]:
         x = x.contiguous()
         out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
-        product = native.library.linear_transposed if fused else native.library.linear_transposed_many
+        product = native.library.linear_transposed if fused else native.library.linear_transposed_gemm
         done = product(*matrix, x.data_ptr(), TYPES[x.dtype], tokens, out.data_ptr(), threads)
         if done or fused:
             return out

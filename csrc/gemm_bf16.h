@@ -1,7 +1,7 @@
-// The product of many tokens in bfloat16, for AVX512_BF16 with VBMI: weights are de-quantized once, straight into the layout that
-// vdpbf16ps multiplies, and nothing is packed a second time, which PyTorch's matmul does with what it is handed.
+// The product of a block of tokens in bfloat16 (GEMM), for AVX512_BF16 with VBMI: weights are de-quantized once, straight into the
+// layout that vdpbf16ps multiplies, and nothing is packed a second time, which PyTorch's matmul does with what it is handed.
 //
-// A panel is 48 rows of weights and kManyColumns columns in the first-level cache: for each pair of columns three vectors, one for
+// A panel is 48 rows of weights and kGemmColumns columns in the first-level cache: for each pair of columns three vectors, one for
 // sixteen rows, a lane holding one row's two weights. Eight tokens' pairs are broadcast against them, so 24 sums stay in
 // registers. Weights are rounded to bfloat16 as `dequantize` rounds them, sums are float32.
 #pragma once
@@ -11,7 +11,7 @@ namespace octavo {
 namespace {
 
 constexpr int kGroup = 16;                       // rows of a vector
-constexpr int kVectors = kManyPanel / kGroup;    // vectors of a panel
+constexpr int kVectors = kGemmPanel / kGroup;    // vectors of a panel
 constexpr int kTile = 8;                         // tokens multiplied at a time
 
 // Sixteen vectors of sixteen 32-bit elements → their transpose.
@@ -42,16 +42,16 @@ OCTAVO_INLINE void transpose(__m512i (&r)[16]) {
 // Rows are taken in this order, so that looking up, unpacking and rounding leave them in their own.
 constexpr int kOrder[kGroup] = {0, 8, 2, 10, 1, 9, 3, 11, 4, 12, 6, 14, 5, 13, 7, 15};
 
-// Scales of sixteen rows for the chunks [chunk0, chunk1), `parts` to a chunk → out[part][row in kOrder]; zero for rows from
+// Scales of sixteen rows for the chunks [chunk0, chunk1), `per_chunk` of them to each → out[part][row in kOrder]; zero for rows from
 // `row1` on. `buffer` has room for sixteen rows of them, each rounded up to sixteen.
 template <class S>
-void group_scales(const Scales& s, int64_t columns, int64_t parts, int64_t row, int64_t row1, int64_t chunk0,
+void group_scales(const Scales& s, int64_t columns, int64_t per_chunk, int64_t row, int64_t row1, int64_t chunk0,
                   int64_t chunk1, float* out, float* buffer) {
-  const int64_t count = (chunk1 - chunk0) * parts, stride = (count + 15) / 16 * 16;
+  const int64_t count = (chunk1 - chunk0) * per_chunk, stride = (count + 15) / 16 * 16;
   for (int i = 0; i < kGroup; i++) {
     float* target = buffer + i * stride;
     const int64_t n = row + kOrder[i];
-    if (n < row1) expand_scales<S>(s, n, columns, parts, chunk0, chunk1, target);
+    if (n < row1) expand_scales<S>(s, n, columns, per_chunk, chunk0, chunk1, target);
     for (int64_t k = n < row1 ? count : 0; k < stride; k++) target[k] = 0.0f;
   }
   for (int64_t k = 0; k < count; k += 16) {
@@ -63,15 +63,15 @@ void group_scales(const Scales& s, int64_t columns, int64_t parts, int64_t row, 
 }
 
 // Sixteen rows and one chunk of columns → 32 pairs of columns, each a vector; `step` 16-bit values from one pair to the next.
-template <class S, int Parts>
+template <class S, int PerChunk>
 OCTAVO_INLINE void pair_chunk(const typename S::RoundedCodes& codes, __m512i (&indices)[kGroup], const float* scales,
                               uint16_t* out, int64_t step) {
   transpose(indices);
-  for (int part = 0; part < Parts; part++) {
+  for (int part = 0; part < PerChunk; part++) {
     const __m512 all = _mm512_loadu_ps(scales + 16 * part);
     const __m512 s0 = _mm512_permute_ps(all, 0x00), s1 = _mm512_permute_ps(all, 0x55);
     const __m512 s2 = _mm512_permute_ps(all, 0xaa), s3 = _mm512_permute_ps(all, 0xff);
-    for (int i = part * 16 / Parts; i < (part + 1) * 16 / Parts; i++) {
+    for (int i = part * 16 / PerChunk; i < (part + 1) * 16 / PerChunk; i++) {
       __m512 v[4];
       S::decode_rounded(codes, indices[i], v);
       const __m512 a = reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(v[1], s1), _mm512_mul_ps(v[0], s0)));
@@ -82,8 +82,8 @@ OCTAVO_INLINE void pair_chunk(const typename S::RoundedCodes& codes, __m512i (&i
   }
 }
 
-// Rows [row, row1), sixteen at most, and chunks [chunk0, chunk1) → one vector's share of a panel.
-template <class S, int Parts>
+// Rows [row, row1), sixteen at most, and chunks [chunk0, chunk1) → one vector's slice of a panel.
+template <class S, int PerChunk>
 void pair_rows(const typename S::RoundedCodes& codes, const Packed& w, int64_t row, int64_t row1, int64_t chunk0,
                int64_t chunk1, int64_t ahead, const float* scales, uint16_t* out, int64_t step) {
   const int64_t full = row + kGroup <= row1 ? least(chunk1, w.columns / kChunk) : chunk0;
@@ -91,23 +91,23 @@ void pair_rows(const typename S::RoundedCodes& codes, const Packed& w, int64_t r
   for (int i = 0; i < kGroup; i++) from[i] = w.qdata + (row + kOrder[i]) * w.columns + chunk0 * kChunk;
   __m512i indices[kGroup];
   int64_t c = chunk0;
-  for (; c < full; c++, scales += Parts * 16, out += kChunk / 2 * step) {
+  for (; c < full; c++, scales += PerChunk * 16, out += kChunk / 2 * step) {
     for (int i = 0; i < kGroup; i++) {
       indices[i] = _mm512_loadu_si512(from[i]);
       // Into the second-level cache: a set of the first would not hold sixteen rows.
       OCTAVO_PREFETCH(from[i] + ahead);
       from[i] += kChunk;
     }
-    pair_chunk<S, Parts>(codes, indices, scales, out, step);
+    pair_chunk<S, PerChunk>(codes, indices, scales, out, step);
   }
-  for (; c < chunk1; c++, scales += Parts * 16, out += kChunk / 2 * step) {
+  for (; c < chunk1; c++, scales += PerChunk * 16, out += kChunk / 2 * step) {
     const int64_t left = least(w.columns - c * kChunk, kChunk);
     const __mmask64 there = left < kChunk ? (uint64_t{1} << left) - 1u : ~uint64_t{0};
     for (int i = 0; i < kGroup; i++) {
       const __mmask64 mask = row + kOrder[i] < row1 ? there : 0;
       indices[i] = _mm512_maskz_loadu_epi8(mask, w.qdata + least(row + kOrder[i], row1 - 1) * w.columns + c * kChunk);
     }
-    pair_chunk<S, Parts>(codes, indices, scales, out, step);
+    pair_chunk<S, PerChunk>(codes, indices, scales, out, step);
   }
 }
 
@@ -124,7 +124,7 @@ OCTAVO_INLINE void multiply(const uint16_t* panel, const uint16_t* x, int64_t pa
     __m512bh w[V];
     for (int v = 0; v < V; v++) w[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + (k * V + v) * 32));
     for (int m = 0; m < M; m++) {
-      const __m512bh xm = reinterpret_cast<__m512bh>(broadcast_pair(x + m * kManyColumns + 2 * k));
+      const __m512bh xm = reinterpret_cast<__m512bh>(broadcast_pair(x + m * kGemmColumns + 2 * k));
       for (int v = 0; v < V; v++) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], xm, w[v]);
     }
   }
@@ -165,7 +165,7 @@ void multiply_panel(const Block& b, const uint16_t* x, int64_t token0, int64_t t
   const int64_t count = token1 - token0, tiles = (count + kTile - 1) / kTile;
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t first = token0 + t * count / tiles, m = token0 + (t + 1) * count / tiles - first;
-    const uint16_t* values = x + first * kManyColumns;
+    const uint16_t* values = x + first * kGemmColumns;
     float* own = partial + (first - token0) * V * 16;
     switch (m) {
       case 8: multiply_tile<V, 8>(b, values, first, out, own); break;
@@ -180,22 +180,22 @@ void multiply_panel(const Block& b, const uint16_t* x, int64_t token0, int64_t t
   }
 }
 
-template <class S, int Parts>
-void many_parts(const Packed& w, const Table& table, const ManyTokens& x, int64_t row0, int64_t row1, const Output& out,
-                const ManyScratch& scratch) {
+template <class S, int PerChunk>
+void gemm_blocks(const Packed& w, const Table& table, const GemmInput& x, int64_t row0, int64_t row1, const Output& out,
+                const GemmScratch& scratch) {
   const typename S::RoundedCodes codes = S::load_rounded_codes(table);
-  const int64_t chunks = chunks_of(w.columns), per_panel = kManyColumns / kChunk, per_scales = kManyScaled / kChunk;
-  constexpr int64_t group = per_scales * Parts * kGroup;  // scales of sixteen rows
-  for (int64_t token0 = 0; token0 < x.count; token0 += kManyTokens) {
-    const int64_t token1 = least(token0 + kManyTokens, x.count);
+  const int64_t chunks = chunks_of(w.columns), per_panel = kGemmColumns / kChunk, per_scales = kGemmScaled / kChunk;
+  constexpr int64_t group = per_scales * PerChunk * kGroup;  // scales of sixteen rows
+  for (int64_t token0 = 0; token0 < x.count; token0 += kGemmTokens) {
+    const int64_t token1 = least(token0 + kGemmTokens, x.count);
     std::memset(scratch.partial, 0, static_cast<size_t>((row1 - row0 + kGroup - 1) / kGroup * kGroup * (token1 - token0)) * 4);
     for (int64_t chunk0 = 0; chunk0 < chunks; chunk0 += per_panel) {
       const int64_t chunk1 = least(chunk0 + per_panel, chunks), scaled = chunk0 % per_scales;
       // What these rows, or those of the next task, need next.
-      const int64_t ahead = chunk1 < chunks ? kManyColumns : kManyRows * w.columns - chunk0 * kChunk;
+      const int64_t ahead = chunk1 < chunks ? kGemmColumns : kGemmRows * w.columns - chunk0 * kChunk;
       if (scaled == 0)
         for (int64_t row = row0, g = 0; row < row1; row += kGroup, g++)
-          group_scales<S>(w.scales, w.columns, Parts, row, row1, chunk0, least(chunk0 + per_scales, chunks),
+          group_scales<S>(w.scales, w.columns, PerChunk, row, row1, chunk0, least(chunk0 + per_scales, chunks),
                           scratch.scales + g * group, scratch.buffer);
       const int64_t groups = (row1 - row0 + kGroup - 1) / kGroup, panels = (groups + kVectors - 1) / kVectors;
       for (int64_t p = 0; p < panels; p++) {
@@ -204,13 +204,13 @@ void many_parts(const Packed& w, const Table& table, const ManyTokens& x, int64_
         const int vectors = static_cast<int>((p + 1) * groups / panels - first);
         const int64_t rows = least(row1 - row, vectors * kGroup);
         for (int v = 0; v < vectors; v++) {
-          const float* scales = scratch.scales + ((row - row0) / kGroup + v) * group + scaled * Parts * kGroup;
-          pair_rows<S, Parts>(codes, w, row + v * kGroup, row1, chunk0, chunk1, ahead, scales, scratch.panel + 32 * v,
+          const float* scales = scratch.scales + ((row - row0) / kGroup + v) * group + scaled * PerChunk * kGroup;
+          pair_rows<S, PerChunk>(codes, w, row + v * kGroup, row1, chunk0, chunk1, ahead, scales, scratch.panel + 32 * v,
                               32 * vectors);
         }
         const Block block{scratch.panel, (chunk1 - chunk0) * kChunk / 2, chunk1 == chunks, row, rows};
         float* partial = scratch.partial + (row - row0) * (token1 - token0);
-        const uint16_t* values = x.values + chunk0 / per_panel * x.count * kManyColumns;
+        const uint16_t* values = x.values + chunk0 / per_panel * x.count * kGemmColumns;
         if (vectors == 3) multiply_panel<3>(block, values, token0, token1, out, partial);
         else if (vectors == 2) multiply_panel<2>(block, values, token0, token1, out, partial);
         else multiply_panel<1>(block, values, token0, token1, out, partial);
@@ -219,14 +219,14 @@ void many_parts(const Packed& w, const Table& table, const ManyTokens& x, int64_
   }
 }
 
-// Only for matrices whose `parts_of` is 1, 2 or 4.
+// Only for matrices whose `scales_per_chunk` is 1, 2 or 4.
 template <class S>
-void many(const Packed& w, const Table& table, const ManyTokens& x, int64_t row0, int64_t row1, const Output& out,
-          const ManyScratch& scratch) {
-  switch (parts_of(w.scales)) {
-    case 1: return many_parts<S, 1>(w, table, x, row0, row1, out, scratch);
-    case 2: return many_parts<S, 2>(w, table, x, row0, row1, out, scratch);
-    default: return many_parts<S, 4>(w, table, x, row0, row1, out, scratch);
+void gemm(const Packed& w, const Table& table, const GemmInput& x, int64_t row0, int64_t row1, const Output& out,
+          const GemmScratch& scratch) {
+  switch (scales_per_chunk(w.scales)) {
+    case 1: return gemm_blocks<S, 1>(w, table, x, row0, row1, out, scratch);
+    case 2: return gemm_blocks<S, 2>(w, table, x, row0, row1, out, scratch);
+    default: return gemm_blocks<S, 4>(w, table, x, row0, row1, out, scratch);
   }
 }
 
