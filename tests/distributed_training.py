@@ -22,8 +22,8 @@ from octavo.training.data import collate
 from octavo.training.finetune import finetune_model
 from octavo.training.loss import language_model_loss
 from octavo.training.sharding import leave_together
+from tests.models import frozen_bytes
 from tests.test_training_run import SMALL, model_and_data, training_losses
-from tests.training_models import frozen_bytes
 
 STEPS = 3
 

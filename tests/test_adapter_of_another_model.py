@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import octavo
 from octavo.integrations.peft import add_adapter
 
-from .training_models import move_adapters
+from .models import move_adapters
 
 peft = pytest.importorskip("peft")
 

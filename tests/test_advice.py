@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 from octavo.cli import main
 from octavo.cli.checks import continues_text
 
-from .test_checkpoint_gguf import write_llama
-from .test_checkpoint_models import CONFIGS, build
+from .models.checkpoints import CONFIGS, build
+from .models.gguf_files import write_llama
 
 BERT = {
     "vocab_size": 160,

@@ -15,8 +15,8 @@ from octavo.calibration import Calibration
 from octavo.checkpoint import CheckpointError, convert
 from octavo.cli.quantize import quantize
 
-from .published import publish, tiny_gptj
-from .test_checkpoint_models import CONFIGS, VOCABULARY, build
+from .models.checkpoints import CONFIGS, VOCABULARY, build
+from .models.published import publish, tiny_gptj
 
 
 def tokenizer():

@@ -18,8 +18,8 @@ from octavo.checkpoint.writing.unit_writer import _write_packed
 from octavo.model import Entry
 from octavo.quantizer import quantize_parameter
 
-from .published import publish, tiny_gptj
-from .test_checkpoint_models import save
+from .models.checkpoints import save
+from .models.published import publish, tiny_gptj
 
 FORMAT = Path(__file__).parent.parent / "docs" / "FORMAT.md"
 # A file of one parameter, 2 rows of 5 weights in blocks of 4, codes (i - 128) / 128: every byte but the table's.

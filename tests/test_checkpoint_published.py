@@ -12,7 +12,7 @@ from octavo import ops
 from octavo.checkpoint import CheckpointError, convert, open_source
 from octavo.checkpoint.reading.published import _canonical
 
-from .published import publish, tiny_gptj
+from .models.published import publish, tiny_gptj
 
 IDS = torch.arange(11)[None] * 7
 

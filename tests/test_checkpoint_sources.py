@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from octavo.checkpoint import CheckpointError, open_source
 from octavo.checkpoint.reading.locate import download, locate, wanted_files
 
-from .test_checkpoint_models import save
+from .models.checkpoints import save
 
 TENSORS = {
     "float": torch.randn(7, 5),

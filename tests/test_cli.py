@@ -10,7 +10,7 @@ import pytest
 
 from octavo import demo
 
-from .published import publish, tiny_gptj
+from .models.published import publish, tiny_gptj
 
 
 def octavo(*arguments, **options):

@@ -17,7 +17,7 @@ from octavo.evaluation.scoring import windows
 from octavo.evaluation.texts import Tokens
 
 from .conftest import relative_error
-from .published import tiny_gptj
+from .models.published import tiny_gptj
 
 ALL = (*USUAL, "bitsandbytes", "dynamic-64", "int8-48", "fp8-row", "float16", "float32")
 

@@ -14,7 +14,7 @@ import octavo
 from octavo.checkpoint import CheckpointError, convert
 from octavo.compat import GPTJForCausalLM
 
-from .published import publish, tiny_gptj
+from .models.published import publish, tiny_gptj
 
 CARD = Path(__file__).parent / "data" / "model-card-snippet.txt"
 NAME = "mrm8488/bertin-gpt-j-6B-ES-8bit"

@@ -93,7 +93,7 @@ def workshop(tmp_path_factory):
     from octavo.evaluation.models import load_as_it_is
     from octavo.export import export_gguf
 
-    from .published import publish, tiny_gptj
+    from .models.published import publish, tiny_gptj
 
     folder = tmp_path_factory.mktemp("examples")
     (folder / "model").symlink_to(demo.MODEL)

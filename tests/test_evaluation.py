@@ -19,7 +19,7 @@ from octavo.evaluation.logits import LogitsReader
 from octavo.evaluation.scoring import choose_window, scored, token_nll, windows
 from octavo.evaluation.texts import Text, Tokens, read_texts, tokenize
 
-from .published import tiny_gptj
+from .models.published import tiny_gptj
 
 WORDS = [f"w{i}" for i in range(300)]
 

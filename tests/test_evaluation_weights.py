@@ -9,7 +9,7 @@ import octavo
 from octavo.checkpoint.inspection import report
 from octavo.evaluation import plots, weights
 
-from .published import publish, tiny_gptj
+from .models.published import publish, tiny_gptj
 
 
 def tiny_gpt2():

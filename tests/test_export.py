@@ -10,13 +10,8 @@ from octavo.checkpoint import convert, open_source
 from octavo.export import export_gguf, gguf_file
 from octavo.export.pretokenizers import RULES, find_pre_tokenizer, pre_tokenizer
 
-from .export_models import (
-    VOCABULARY,
-    byte_level_tokenizer,
-    quantized,
-    random_model,
-    sentencepiece_tokenizer,
-)
+from .models.exported import quantized, random_model
+from .models.tokenizers import VOCABULARY, byte_level_tokenizer, sentencepiece_tokenizer
 from .test_cli import octavo as run_octavo
 
 

@@ -7,18 +7,8 @@ import octavo
 from octavo.export import export_gguf
 from octavo.export.pretokenizers import RULES
 
-from .export_models import (
-    TEXTS,
-    VOCABULARY,
-    byte_level_tokenizer,
-    difference,
-    llama,
-    llama_logits,
-    logits,
-    quantized,
-    sentencepiece_tokenizer,
-    token_ids,
-)
+from .models.exported import difference, llama, llama_logits, logits, quantized, token_ids
+from .models.tokenizers import TEXTS, VOCABULARY, byte_level_tokenizer, sentencepiece_tokenizer
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'octavo[bench]'")
 
@@ -184,7 +174,7 @@ def test_sentencepiece_tokens_are_the_same(pieces, tmp_path):
 def test_a_published_checkpoint_and_its_adapters(tmp_path):
     """De-quantized, the adapters added: the plain model that holds their sum."""
     pytest.importorskip("bitsandbytes")
-    from .published import publish, tiny_gptj
+    from .models.published import publish, tiny_gptj
 
     expected = publish(tiny_gptj(), tmp_path, adapters=True)
     byte_level_tokenizer(vocabulary=300).save_pretrained(tmp_path)

@@ -14,7 +14,8 @@ import octavo
 from octavo.checkpoint import convert
 from octavo.export import export_gguf
 
-from .export_models import TEXTS, llama
+from .models.exported import llama
+from .models.tokenizers import TEXTS
 
 GGUF = os.environ.get("OCTAVO_TEST_GGUF")
 pytestmark = [

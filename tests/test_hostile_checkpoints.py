@@ -19,7 +19,7 @@ from octavo.checkpoint import CheckpointError, convert, open_source
 from octavo.checkpoint.inspection import report
 from octavo.checkpoint.writing.shards import ShardFile
 
-from .test_checkpoint_models import save
+from .models.checkpoints import save
 
 
 @pytest.fixture
@@ -318,7 +318,7 @@ def test_random_damage_is_never_another_error(kind, tmp_path):
     """A few bytes of a header changed, or the end cut off: readable, or a CheckpointError."""
     from octavo.checkpoint.reading.gguf_header import read_gguf_header
 
-    from .test_checkpoint_gguf import write_llama
+    from .models.gguf_files import write_llama
 
     model = save("llama", tmp_path)
     path = tmp_path / "model.safetensors"

@@ -11,7 +11,7 @@ from transformers.utils.peft_utils import check_peft_version
 import octavo
 from octavo.checkpoint import CheckpointError
 
-from .published import publish, tiny_gptj
+from .models.published import publish, tiny_gptj
 
 IDS = torch.arange(11)[None] * 7
 

@@ -11,7 +11,7 @@ import octavo
 from octavo.checkpoint import CheckpointError, convert, open_source
 from octavo.evaluation.models import load_as_it_is
 
-from .test_checkpoint_models import logits, save
+from .models.checkpoints import logits, save
 
 
 def brute_scale(data, scale, rows, columns):
@@ -229,7 +229,7 @@ def test_transformers_own_loading_is_told(method, tmp_path):
     from transformers import AutoModelForCausalLM, GPTJForCausalLM
 
     if method == "published":
-        from .published import publish, tiny_gptj
+        from .models.published import publish, tiny_gptj
 
         publish(tiny_gptj(), tmp_path)
         loader = GPTJForCausalLM

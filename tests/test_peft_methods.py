@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from .conftest import relative_error
-from .training_models import llama_tied, move_adapters, plain_twin, quantized
+from .models import llama_tied, move_adapters, plain_twin, quantized
 
 peft = pytest.importorskip("peft")
 mapping = pytest.importorskip("peft.mapping")

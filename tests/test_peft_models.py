@@ -8,7 +8,7 @@ import torch
 import octavo
 
 from .conftest import relative_error
-from .training_models import (
+from .models import (
     ARCHITECTURES,
     frozen_bytes,
     gpt2,

@@ -9,7 +9,7 @@ from octavo.evaluation.divergence import divergence
 from octavo.evaluation.perplexity import Perplexity, perplexity, token_nlls
 from octavo.evaluation.scoring import windows
 
-from .published import tiny_gptj
+from .models.published import tiny_gptj
 
 
 @pytest.fixture(autouse=True)

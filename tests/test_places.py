@@ -12,7 +12,7 @@ import octavo
 from octavo.checkpoint import CheckpointError, convert
 from octavo.checkpoint.writing.output_directory import OutputDirectory
 
-from .test_checkpoint_models import save
+from .models.checkpoints import save
 from .test_stream_convert import digest
 
 

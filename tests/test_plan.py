@@ -18,7 +18,7 @@ from octavo.training.adapters import add_adapters
 from octavo.training.loss import language_model_loss
 from octavo.training.recipe import Recipe
 
-from .training_models import ARCHITECTURES, gptj, mixtral, quantized
+from .models import ARCHITECTURES, gptj, mixtral, quantized
 
 pytest.importorskip("peft")
 

@@ -60,7 +60,7 @@ def test_the_commands_run_in_their_order(reader):
 
 def test_the_python_runs(reader):
     """All blocks in their order, as one program; a published model is a tiny one."""
-    from .published import publish, tiny_gptj
+    from .models.published import publish, tiny_gptj
 
     (reader / "published").mkdir()
     publish(tiny_gptj(), reader / "published")

@@ -12,7 +12,7 @@ import octavo
 from octavo.checkpoint import convert, open_source
 from octavo.checkpoint.reading.side_files import choose_side_files
 
-from .test_checkpoint_models import save
+from .models.checkpoints import save
 
 KEPT = [
     "README.md",

@@ -8,7 +8,7 @@ import torch
 import octavo
 from octavo.checkpoint import CheckpointError, convert, open_source
 
-from .test_checkpoint_models import logits, save
+from .models.checkpoints import logits, save
 
 # What config.json says in place of its `dtype` → the type that is meant; the weights themselves are bfloat16.
 STATED = {

@@ -15,8 +15,8 @@ from octavo.cli.inspect import inspect
 from octavo.cli.options import size as parse_size
 from octavo.cli.quantize import quantize
 
-from .published import publish, tiny_gptj
-from .test_checkpoint_models import CONFIGS, build, save
+from .models.checkpoints import CONFIGS, build, save
+from .models.published import publish, tiny_gptj
 
 RUNNER = CliRunner()
 

@@ -16,7 +16,7 @@ import octavo
 from octavo.checkpoint import CheckpointError, convert, open_source
 from octavo.checkpoint.inspection import report
 
-from .test_checkpoint_models import CONFIGS, build, logits, save
+from .models.checkpoints import CONFIGS, build, logits, save
 
 
 def digest(folder):

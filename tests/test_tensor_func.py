@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 import octavo
 
 from .conftest import relative_error
-from .training_models import llama_tied, move_adapters, plain_twin, quantized
+from .models import llama_tied, move_adapters, plain_twin, quantized
 
 ONE, X, Y, BIAS = (
     torch.linspace(-1, 1, 96),

@@ -10,7 +10,7 @@ from safetensors.torch import save_file, save_model
 
 import octavo
 
-from .training_models import llama_tied, quantized
+from .models import llama_tied, quantized
 
 # Calls every method of a tensor that takes no argument, on a line of its own.
 EVERY_METHOD = """

@@ -4,28 +4,18 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from octavo.training.data import collate, tokenize
 from octavo.training.records import read_records, split_records
 
+from .models.tokenizers import byte_tokenizer
+
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
-def byte_tokenizer(chat_template=None):
-    """One token a byte; token 256 ends a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id

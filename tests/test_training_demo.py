@@ -9,8 +9,8 @@ from octavo.training import demo
 from octavo.training.demo import DEMO_RECIPE, finetune_demo, frozen_digest
 from octavo.training.finetune import Outcome
 
-from .test_training_data import byte_tokenizer
-from .training_models import llama_tied, quantized
+from .models import llama_tied, quantized
+from .models.tokenizers import byte_tokenizer
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")

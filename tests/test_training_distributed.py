@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from octavo.cli.finetune import finetune
 from octavo.training import sharding
 
-from .test_training_data import byte_tokenizer
+from .models import frozen_bytes, llama_tied, quantized
+from .models.tokenizers import byte_tokenizer
 from .test_training_run import TEXT
-from .training_models import frozen_bytes, llama_tied, quantized
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")

@@ -8,7 +8,7 @@ import octavo
 from octavo.training import loss as chunked
 
 from .conftest import relative_error
-from .training_models import ARCHITECTURES, gptj, move_adapters, quantized
+from .models import ARCHITECTURES, gptj, move_adapters, quantized
 
 peft = pytest.importorskip("peft")
 

@@ -19,8 +19,7 @@ from octavo.checkpoint.writing.writer import CheckpointWriter
 from octavo.merging.merge import merge
 
 from .conftest import relative_error
-from .test_stream_convert import digest
-from .training_models import (
+from .models import (
     ARCHITECTURES,
     gpt2,
     gpt_oss,
@@ -31,6 +30,7 @@ from .training_models import (
     plain_twin,
     quantized,
 )
+from .test_stream_convert import digest
 
 peft = pytest.importorskip("peft")
 

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 import octavo
 from octavo.training import GradientGuard, check_gradients, prepare_for_training
 
-from .training_models import gptj, llama_tied, quantized
+from .models import gptj, llama_tied, quantized
 
 peft = pytest.importorskip("peft")
 

@@ -19,8 +19,8 @@ from octavo.training.finetune import finetune_model
 from octavo.training.folder import newest_checkpoint, refuse_to_overwrite
 from octavo.training.recipe import Recipe
 
-from .test_training_data import byte_tokenizer
-from .training_models import frozen_bytes, llama_tied, quantized
+from .models import frozen_bytes, llama_tied, quantized
+from .models.tokenizers import byte_tokenizer
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -293,7 +293,7 @@ def test_presets_and_options_that_make_no_sense():
 def test_adapters_everywhere_and_on_names_that_do_not_exist():
     from octavo.training.adapters import add_adapters
 
-    from .training_models import gptj
+    from .models import gptj
 
     model = add_adapters(octavo.prepare_for_training(quantized(gptj)), Recipe.of("model-card"))
     adapted = {

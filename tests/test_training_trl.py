@@ -6,8 +6,8 @@ import torch
 import octavo
 from octavo.training import GradientGuard
 
-from .test_training_data import byte_tokenizer
-from .training_models import frozen_bytes, llama_tied, quantized
+from .models import frozen_bytes, llama_tied, quantized
+from .models.tokenizers import byte_tokenizer
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")

@@ -19,7 +19,7 @@ from transformers import (
 import octavo
 from octavo import OctavoConfig, OctavoTensor
 
-from .training_models import gptj, llama_tied, quantized
+from .models import gptj, llama_tied, quantized
 
 IDS = torch.arange(1, 9)[None]
 

@@ -13,7 +13,7 @@ Example:
 """
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -107,6 +107,11 @@ class Plan:
     def named(self) -> dict[str, Entry]:
         """Quantized parameters by every name, aliases included, under which they are known."""
         return {name: entry for entry in self.entries.values() for name in entry.names}
+
+    @property
+    def names(self) -> Set[str]:
+        """Those names."""
+        return self.named.keys()
 
     @property
     def coverage(self) -> float:

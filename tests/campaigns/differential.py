@@ -30,7 +30,7 @@ from octavo.checkpoint import convert
 from octavo.model import dequantize_model
 from octavo.ops import cpu
 
-from ..test_checkpoint_models import build
+from ..models.checkpoints import build
 from . import runner
 
 VOCABULARY = 97

@@ -10,9 +10,9 @@ import torch
 import octavo
 from octavo.checkpoint import convert, open_source
 
+from ..models.checkpoints import CONFIGS, build, save
+from ..models.gguf_files import write_llama
 from ..published import publish, tiny_gptj
-from ..test_checkpoint_gguf import write_llama
-from ..test_checkpoint_models import CONFIGS, build, save
 
 
 @dataclass(frozen=True)

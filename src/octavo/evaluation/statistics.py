@@ -3,7 +3,8 @@
 The unit is a window (what it scores): tokens within one are too much alike to count as independent. A short text
 has few windows; below 32 they are cut into shorter runs, which is said beside the result.
 
-- The interval: the percentile bootstrap (Efron, 1979). Units are drawn with replacement, the mean difference per token taken anew.
+- The interval: the percentile bootstrap (Efron, 1979). Units are drawn with replacement, and the mean difference per token is
+  taken anew.
 - The p-value: if the models did not differ, each unit's difference might as well have had the other sign (Fisher's
   randomization test for pairs). Signs are flipped at random; p is the share of flips, the text's own among them, whose
   sum is at least as far from zero. It assumes no distribution, and with up to 14 units all flips are taken: it is exact.

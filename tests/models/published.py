@@ -4,23 +4,13 @@ import copy
 import math
 
 import torch
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import GPTJForCausalLM
+
+from . import causal
 
 
 def tiny_gptj(width: int = 64, **options) -> GPTJForCausalLM:
-    torch.manual_seed(0)
-    config = GPTJConfig(
-        n_embd=width,
-        n_layer=2,
-        n_head=4,
-        rotary_dim=4,
-        vocab_size=300,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=0,
-        **options,
-    )
-    return GPTJForCausalLM(config).eval()
+    return causal("gptj", 0, n_embd=width, rotary_dim=4, vocab_size=300, n_positions=64, **options)
 
 
 def publish(
