@@ -4,35 +4,17 @@ import warnings
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import octavo
 from octavo.integrations.peft import add_adapter
 
-from .models import move_adapters
+from .models import causal, gpt2, move_adapters
 
 peft = pytest.importorskip("peft")
 
 
 def llama(layers=2, width=64):
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=width,
-            intermediate_size=128,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=256,
-            eos_token_id=0,
-            bos_token_id=0,
-        )
-    )
-
-
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=256, bos_token_id=0, eos_token_id=0)
-    )
+    return causal("llama", num_hidden_layers=layers, hidden_size=width)
 
 
 def trained(model, folder, **options):

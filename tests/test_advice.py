@@ -4,21 +4,15 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from octavo.cli import main
 from octavo.cli.checks import continues_text
 
+from .models import config
 from .models.checkpoints import CONFIGS, build
 from .models.gguf_files import write_llama
 
-BERT = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-}
 ENCODERS = [AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification]
 
 
@@ -34,7 +28,7 @@ def run(monkeypatch, capsys, *arguments):
 
 @pytest.mark.parametrize("kind", ENCODERS, ids=lambda kind: kind.__name__)
 def test_after_an_encoder_the_lines_that_load_it(kind, tmp_path, monkeypatch, capsys):
-    kind.from_config(AutoConfig.for_model("bert", **BERT)).save_pretrained(tmp_path / "a model")
+    kind.from_config(config("bert", vocab_size=160)).save_pretrained(tmp_path / "a model")
     out = tmp_path / "8 bits"
     status, shown, _ = run(monkeypatch, capsys, "quantize", tmp_path / "a model", out)
     assert status == 0 and "octavo generate" not in shown

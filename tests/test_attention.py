@@ -10,23 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM, StaticCache
 
 import octavo
 from octavo.integrations import attention
 
+from .models import causal
+
 
 def llama(kv_heads: int = 2, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        num_hidden_layers=2,
-        intermediate_size=256,
-        num_attention_heads=8,
-        num_key_value_heads=kv_heads,
-        vocab_size=256,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8}
+    return causal("llama", 0, num_key_value_heads=kv_heads, **sizes).to(dtype)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from collections import Counter
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertModel
 from typer.testing import CliRunner
 
 import octavo
@@ -21,18 +21,11 @@ from octavo.bench.timing import alternate, ratios, spread
 from octavo.cli import app
 from octavo.cli.bench import _show
 
+from .models import causal, config
 
-def tiny_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=192,
-        max_position_embeddings=64,
-    )
-    return LlamaForCausalLM(config).eval()
+
+def tiny_llama():
+    return causal("llama", vocab_size=192, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +214,8 @@ def test_dense_weights_are_the_checkpoints_own_or_the_de_quantized_ones(plain, q
 
 
 def test_a_model_that_does_not_write_is_refused():
-    from transformers import BertModel
 
-    model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64))
+    model = BertModel(config("bert"))
     with pytest.raises(ValueError, match="BertModel does not continue text"):
         models.Engine(model)
 

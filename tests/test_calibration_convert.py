@@ -6,8 +6,7 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertModel
 from typer.testing import CliRunner
 
 import octavo
@@ -15,15 +14,14 @@ from octavo.calibration import Calibration
 from octavo.checkpoint import CheckpointError, convert
 from octavo.cli.quantize import quantize
 
+from .models import config
 from .models.checkpoints import CONFIGS, VOCABULARY, build
 from .models.published import publish, tiny_gptj
+from .models.tokenizers import word_tokenizer
 
 
 def tokenizer():
-    """One token a word, w0 to w159."""
-    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w0")
+    return word_tokenizer([f"w{i}" for i in range(VOCABULARY)])
 
 
 def words(count, seed):
@@ -45,8 +43,8 @@ def text(tmp_path_factory):
     return path
 
 
-def save(config, folder):
-    model = build(config)
+def save(configuration, folder):
+    model = build(configuration)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return model
@@ -86,16 +84,8 @@ def test_output_error_on_other_text_falls(kind, text, tmp_path):
 
 
 def test_encoder(text, tmp_path):
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
     torch.manual_seed(0)
-    base = BertModel(config).eval()
+    base = BertModel(config("bert", vocab_size=VOCABULARY, max_position_embeddings=64)).eval()
     for parameter in base.encoder.parameters():
         # As large as the embeddings', or their error would be all there is.
         parameter.data += torch.randn_like(parameter) * 0.15
@@ -114,15 +104,8 @@ def test_encoder(text, tmp_path):
 def test_too_few_inputs(text, tmp_path):
     """An encoder's pooler sees one token a window."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(tmp_path / "plain")
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    BertModel(config("bert", vocab_size=VOCABULARY, **sizes)).save_pretrained(tmp_path / "plain")
     tokenizer().save_pretrained(tmp_path / "plain")
     calibration = Calibration([text], tokens=1100)
     convert(tmp_path / "plain", tmp_path / "out", calibration=calibration)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import octavo
 from octavo.evaluation.compare import compare, compare_model, holm
@@ -17,6 +17,7 @@ from octavo.evaluation.scoring import windows
 from octavo.evaluation.texts import Tokens
 
 from .conftest import relative_error
+from .models import causal
 from .models.published import tiny_gptj
 
 ALL = (*USUAL, "bitsandbytes", "dynamic-64", "int8-48", "fp8-row", "float16", "float32")
@@ -124,16 +125,11 @@ def tokens(length=150, vocabulary=300, name="a"):
 
 
 def tied_llama():
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return causal("llama", vocab_size=300, tie_word_embeddings=True)
 
 
 def gpt2():
-    config = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64)
-    return GPT2LMHeadModel(config).eval()
+    return causal("gpt2", vocab_size=300)
 
 
 @pytest.mark.parametrize("make", [tiny_gptj, tied_llama, gpt2])
@@ -251,12 +247,8 @@ def folder(tmp_path_factory):
     from octavo import demo, load_tokenizer
 
     where = tmp_path_factory.mktemp("compare")
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(where / "model")
+    model = causal("llama", 0, vocab_size=4096, num_hidden_layers=1, max_position_embeddings=64)
+    model.save_pretrained(where / "model")
     load_tokenizer(demo.MODEL).save_pretrained(where / "model")
     (where / "text.txt").write_text(
         (demo.TEXT / "proverbios.txt").read_text(encoding="utf-8")[:3000], encoding="utf-8"

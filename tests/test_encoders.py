@@ -18,6 +18,7 @@ import octavo
 from octavo.checkpoint import convert
 
 from .conftest import relative_error
+from .models import config
 
 IDS = torch.arange(5, 17)[None]
 SMALL = {"vocab_size": 160, "d_model": 64, "max_position_embeddings": 64}
@@ -31,18 +32,11 @@ BART = {
     },
     **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
 }
-BERT = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-}
 MODELS = {
     "t5": (AutoModelForSeq2SeqLM, T5, "T5ForConditionalGeneration"),
     "bart": (AutoModelForSeq2SeqLM, BART, "BartForConditionalGeneration"),
-    "bert": (AutoModel, BERT, "BertModel"),
-    "bert, masked": (AutoModelForMaskedLM, BERT, "BertForMaskedLM"),
+    "bert": (AutoModel, {}, "BertModel"),
+    "bert, masked": (AutoModelForMaskedLM, {}, "BertForMaskedLM"),
     "t5, base": (AutoModel, T5, "T5Model"),
 }
 
@@ -57,7 +51,9 @@ def outputs(model) -> torch.Tensor:
 def case(request, tmp_path):
     """A folder with a small random model, and the name of its class."""
     auto, options, class_name = MODELS[request.param]
-    model = auto.from_config(AutoConfig.for_model(request.param.partition(",")[0], **options)).eval()
+    kind = request.param.partition(",")[0]
+    configuration = config(kind, vocab_size=160) if kind == "bert" else AutoConfig.for_model(kind, **options)
+    model = auto.from_config(configuration).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)

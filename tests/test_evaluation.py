@@ -8,8 +8,7 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertForMaskedLM
 
 import octavo
 from octavo.evaluation import evaluate as module
@@ -19,7 +18,9 @@ from octavo.evaluation.logits import LogitsReader
 from octavo.evaluation.scoring import choose_window, scored, token_nll, windows
 from octavo.evaluation.texts import Text, Tokens, read_texts, tokenize
 
+from .models import causal, config
 from .models.published import tiny_gptj
+from .models.tokenizers import word_tokenizer
 
 WORDS = [f"w{i}" for i in range(300)]
 
@@ -35,27 +36,9 @@ def tokens_of(length, seed=1, name="a text"):
     return Tokens(name, ids, words=length, bytes=3 * length)
 
 
-def word_tokenizer():
-    """A fast tokenizer: one token a word."""
-    vocabulary = {word: number for number, word in enumerate(WORDS)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w0")
-
-
 def tiny_llama(vocabulary=2000, seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
+    return causal("llama", seed, vocab_size=vocabulary, tie_word_embeddings=True, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +49,7 @@ def folders(tmp_path_factory):
     model.save_pretrained(folder / "plain")
     octavo.quantize_model(model, octavo.OctavoConfig()).save_pretrained(folder / "eight")
     for name in ("plain", "eight"):
-        word_tokenizer().save_pretrained(folder / name)
+        word_tokenizer(WORDS).save_pretrained(folder / name)
     order = torch.randint(0, 300, (1500,), generator=torch.Generator().manual_seed(2))
     (folder / "text.txt").write_text(" ".join(WORDS[i] for i in order), encoding="utf-8")
     return folder
@@ -361,7 +344,7 @@ def test_a_broken_model_is_told_from_its_base_and_a_good_one_is_not(folders, tmp
     with torch.no_grad():
         model.lm_head.weight.mul_(4.0)
     model.save_pretrained(tmp_path / "worse")
-    word_tokenizer().save_pretrained(tmp_path / "worse")
+    word_tokenizer(WORDS).save_pretrained(tmp_path / "worse")
     bad = evaluate(tmp_path / "worse", text, against=folders / "plain").comparison
     assert bad.verdict == "worse" and bad.p_value < 0.01 and bad.kl_mean > 10 * good.kl_mean
     back = evaluate(folders / "plain", text, against=tmp_path / "worse").comparison
@@ -371,13 +354,8 @@ def test_a_broken_model_is_told_from_its_base_and_a_good_one_is_not(folders, tmp
 
 
 def test_what_is_no_causal_model_is_refused(tmp_path):
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
     with pytest.raises(ValueError, match="no causal language model"):
-        measure(BertForMaskedLM(config).eval(), [tokens_of(40)], 32, 16)
+        measure(BertForMaskedLM(config("bert", vocab_size=300)).eval(), [tokens_of(40)], 32, 16)
 
 
 def test_window_and_stride_are_chosen_and_checked():
@@ -436,7 +414,7 @@ def test_a_data_set_of_the_hub_is_joined_as_transformers_does(monkeypatch):
 
 
 def test_the_limit_counts_tokens_over_all_texts_and_words_of_what_is_kept():
-    tokenizer = word_tokenizer()
+    tokenizer = word_tokenizer(WORDS)
     texts = [Text("a", "w1 w2 w3"), Text("b", "w4 w5 w6 w7"), Text("c", "w8 w9")]
     found = tokenize(texts, tokenizer, 5)
     assert [(t.name, t.ids.tolist(), t.words, t.bytes) for t in found] == [

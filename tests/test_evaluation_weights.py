@@ -2,19 +2,17 @@
 
 import numpy as np
 import pytest
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import octavo
 from octavo.checkpoint.inspection import report
 from octavo.evaluation import plots, weights
 
+from .models import causal
 from .models.published import publish, tiny_gptj
 
 
 def tiny_gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=64)).eval()
+    return causal("gpt2", 0, vocab_size=300)
 
 
 @pytest.fixture(params=["gptj", "gpt2", "published"])

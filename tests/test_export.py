@@ -10,6 +10,7 @@ from octavo.checkpoint import convert, open_source
 from octavo.export import export_gguf, gguf_file
 from octavo.export.pretokenizers import RULES, find_pre_tokenizer, pre_tokenizer
 
+from .models import config
 from .models.exported import quantized, random_model
 from .models.tokenizers import VOCABULARY, byte_level_tokenizer, sentencepiece_tokenizer
 from .test_cli import octavo as run_octavo
@@ -27,20 +28,16 @@ def command(*arguments):
 TANH = {"f16": 2**-11, "bf16": 2**-8, "f32": 0.0}
 
 
-def llama(**options):
-    from transformers import LlamaConfig
+ENDS = {"vocab_size": VOCABULARY, "eos_token_id": 1}
 
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
-    common = {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
-    return LlamaConfig(**{**sizes, **common, "max_position_embeddings": 64, **options})
+
+def llama(**options):
+    return config("llama", **{**ENDS, "intermediate_size": 160, "max_position_embeddings": 64, **options})
 
 
 def gpt2(**options):
-    from transformers import GPT2Config
-
     # transformers' GGUF support takes 1024 positions for granted.
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024, "vocab_size": VOCABULARY}
-    return GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 1, **options})
+    return config("gpt2", **{**ENDS, "n_positions": 1024, **options})
 
 
 CONFIGS = {"llama": llama, "gpt2": gpt2}
@@ -55,9 +52,9 @@ def tokenizer():
 def saved(tmp_path_factory, tokenizer):
     """Name → the quantized model and its folder."""
     found = {}
-    for name, config in CONFIGS.items():
+    for name, make in CONFIGS.items():
         folder = tmp_path_factory.mktemp(name)
-        found[name] = quantized(config(), folder, tokenizer), folder
+        found[name] = quantized(make(), folder, tokenizer), folder
     return found
 
 

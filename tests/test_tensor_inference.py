@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, MixtralConfig
 
 import octavo
 from octavo import OctavoTensor
+
+from .models import causal
 
 MODES = (torch.no_grad, torch.inference_mode)
 
@@ -89,17 +90,7 @@ def test_made_inside_used_outside_and_the_other_way_round():
 
 @pytest.mark.usefixtures("no_fallbacks")
 def test_a_model_of_experts():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        vocab_size=128,
-    )
-    model = octavo.quantize_model(AutoModelForCausalLM.from_config(config).eval())
+    model = octavo.quantize_model(causal("mixtral", 0, vocab_size=128))
     ids = torch.randint(0, 128, (1, 12))
     logits = []
     for mode in MODES:

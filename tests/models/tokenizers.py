@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: one of bytes, and two kinds trained as llama.cpp knows them."""
+"""Tokenizers made on the spot: of bytes, of words, and two kinds trained as llama.cpp knows them."""
 
 from octavo import demo
 
@@ -114,3 +114,13 @@ def byte_tokenizer(chat_template=None):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def word_tokenizer(words):
+    """A fast tokenizer: one token per word, in their order."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token=words[0], eos_token=words[0])
