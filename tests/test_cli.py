@@ -7,8 +7,10 @@ import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
 
 from octavo import demo
+from octavo.cli import app
 
 from .models.published import publish, tiny_gptj
 
@@ -123,9 +125,23 @@ def test_doctor_names_versions_and_active_kernels():
     assert forced["segments (fitted)"] == forced["tables (published)"] == "looked up in memory"
 
 
+@pytest.mark.slow
 def test_demo_shows_the_whole_path(tmp_path):
     run = octavo("demo", "--no-finetune", "--out", tmp_path / "eight", "--max-new-tokens", 12)
     assert run.returncode == 0, run.stderr
     for expected in ("Size", "Squared error", "Perplexity", demo.PROMPT, "12 tokens"):
         assert expected in run.stdout
+    assert (tmp_path / "eight" / "model.safetensors").exists()
+
+
+def test_demo_of_a_shorter_text(tmp_path, monkeypatch):
+    """The same in this process, on a tenth of the book."""
+    text = (demo.TEXT / "proverbios.txt").read_text(encoding="utf-8")
+    (tmp_path / "proverbios.txt").write_text(text[: len(text) // 10], encoding="utf-8")
+    monkeypatch.setattr(demo, "TEXT", tmp_path)
+    options = ["--no-finetune", "--out", str(tmp_path / "eight"), "--max-new-tokens", "12"]
+    run = CliRunner().invoke(app, ["demo", *options], catch_exceptions=False)
+    assert run.exit_code == 0
+    for expected in ("Size", "Squared error", "Perplexity", demo.PROMPT, "12 tokens"):
+        assert expected in run.output
     assert (tmp_path / "eight" / "model.safetensors").exists()

@@ -1,7 +1,8 @@
 """Mistakes at the command line: each is answered by one line that says what to do, before anything heavy is imported.
 
-Every mistake runs in a process of its own, as a user makes it. What can be known from the options and the files alone must come
-within a second of processor time (not of the clock: the machine may be busy) and without torch.
+What can be known from the options and the files alone must come within a second of processor time (not of the clock: the machine
+may be busy) and without torch. A handful of mistakes run in processes of their own, as users make them; all of them in forks of
+one process that has imported the command and no more.
 """
 
 import json
@@ -23,6 +24,25 @@ try:
     main()
 finally:
     print("took", time.process_time(), "torch" in sys.modules, file=sys.stderr)
+"""
+# The same in a fork for each line of standard input: {"arguments", "folder", ...} → exit status. Output goes into two files.
+SERVE = """
+import json, os, sys, time
+from octavo.cli import main
+for line in sys.stdin:
+    asked = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(asked["folder"])
+        for number, name in ((1, asked["out"]), (2, asked["errors"])):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+        sys.argv = ["octavo", *asked["arguments"]]
+        began = time.process_time()
+        try:
+            main()
+        finally:
+            print("took", time.process_time() - began, "torch" in sys.modules, file=sys.stderr)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 SECONDS = 1.0
 FINETUNE = "finetune {model} --output {new} --data"
@@ -175,21 +195,46 @@ def named(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(("typed", "message"), MISTAKES, ids=[typed for typed, _ in MISTAKES])
-def test_a_mistake_is_one_line_at_once(named, tmp_path, typed, message):
-    arguments = shlex.split(typed.format(**{name: shlex.quote(str(path)) for name, path in named.items()}))
-    run = subprocess.run(
-        [sys.executable, "-c", RUN, *arguments],
-        capture_output=True,
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+def arguments_of(typed, named):
+    return shlex.split(typed.format(**{name: shlex.quote(str(path)) for name, path in named.items()}))
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """A function of arguments and a folder: exit status, output, errors."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system does not fork")
+    out, errors = (tmp_path_factory.mktemp("said") / name for name in ("out", "errors"))
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"},
-    )
-    *said, took = run.stderr.strip().splitlines()
-    assert run.returncode in (1, 2)
-    assert run.stdout == ""
-    assert len(said) == 1, run.stderr
+        env=ENVIRONMENT,
+    ) as server:
+
+        def run(arguments, folder):
+            asked = {"arguments": arguments, "folder": str(folder), "out": str(out), "errors": str(errors)}
+            server.stdin.write(json.dumps(asked) + "\n")
+            server.stdin.flush()
+            status = int(server.stdout.readline())
+            said = [path.read_text(encoding="utf-8") for path in (out, errors)]
+            for path in (out, errors):
+                path.unlink()
+            return status, *said
+
+        yield run
+        server.stdin.close()
+
+
+def check(status, out, errors, message, named, folder):
+    *said, took = errors.strip().splitlines()
+    assert status in (1, 2)
+    assert out == ""
+    assert len(said) == 1, errors
     assert said[0].startswith("error: ")
     assert re.search(message, said[0]), said[0]
     for word in ("Traceback", "Value error", "Input should"):
@@ -198,7 +243,25 @@ def test_a_mistake_is_one_line_at_once(named, tmp_path, typed, message):
     assert torch_imported == "False"
     assert float(seconds) < SECONDS
     # Nothing was begun.
-    assert not named["new"].exists() and not list(tmp_path.iterdir())
+    assert not named["new"].exists() and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(("typed", "message"), MISTAKES, ids=[typed for typed, _ in MISTAKES])
+def test_a_mistake_is_one_line_at_once(named, command, tmp_path, typed, message):
+    check(*command(arguments_of(typed, named), tmp_path), message, named, tmp_path)
+
+
+@pytest.mark.parametrize(("typed", "message"), MISTAKES[::20], ids=[typed for typed, _ in MISTAKES[::20]])
+def test_so_is_one_in_a_process_of_its_own(named, tmp_path, typed, message):
+    run = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments_of(typed, named)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+    )
+    check(run.returncode, run.stdout, run.stderr, message, named, tmp_path)
 
 
 def test_there_are_forty():

@@ -171,7 +171,7 @@ def from_pretrained(source: Any, dtype: torch.dtype, device: torch.device, **opt
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])
         raise CheckpointError(
-            f"{source.folder}: {len(names)} parameters of {model_class.__name__} are in none of its files: {few(names)}; download "
-            "it again, or load it by transformers' own from_pretrained, which makes them anew"
+            f"{source.folder}: {len(names)} parameters of {model_class.__name__} are in none of its files: {few(names)}; "
+            "download it again, or load it by transformers' own from_pretrained, which makes them anew"
         )
     return model
