@@ -130,7 +130,7 @@ def _show(found: Any) -> None:
     """The table, what it tells, and how it was measured."""
     import math
 
-    from octavo.evaluation.evaluate import exp_interval
+    from octavo.evaluation.results import exp_interval
 
     from .terminal import say, show_table, terminal
 

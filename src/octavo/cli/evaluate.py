@@ -162,7 +162,7 @@ def _show(found: Any) -> None:
     """The figures, and the verdict in a sentence."""
     import math
 
-    from octavo.evaluation.evaluate import exp_interval, percent
+    from octavo.evaluation.results import exp_interval, percent
 
     from .terminal import say, show_facts, terminal
 

@@ -26,21 +26,12 @@ import torch
 from ..config import OctavoConfig
 from ..model import Plan, plan_model
 from . import statistics
-from .evaluate import (
-    SIGNIFICANT,
-    Comparison,
-    Measurement,
-    Progress,
-    compare_with,
-    comparison_dict,
-    exp_interval,
-    measure,
-    percent,
-)
+from .evaluate import Progress, compare_with, measure
 from .formats import USUAL, Format, find_format
 from .logits import LogitsReader
 from .models import load_as_it_is
 from .perplexity import Perplexity
+from .results import SIGNIFICANT, Comparison, Measurement, comparison_dict, exp_interval, percent
 from .scoring import check_causal, choose_window
 from .texts import Tokens, read_texts, tokenize
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..checkpoint.writing.durable import put_in_place, write_json
 from ..checkpoint.writing.output_directory import check_writable
-from .evaluate import Evaluation, exp_interval, percent
+from .results import Evaluation, exp_interval, percent
 
 TEMPLATE = Path(__file__).with_name("report.html")
 CAPTIONS = {
