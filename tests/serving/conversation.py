@@ -10,11 +10,28 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from octavo import demo
+from octavo.checkpoint import convert
+
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 MESSAGES = [{"role": "user", "content": "El sentido de la vida es"}]
+
+
+def chat_model(folder):
+    """The shipped model, in 8 bits, with a chat template."""
+    convert(demo.MODEL, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def said_in_process(model, tokenizer, text, tokens):
+    """What `model` says after `text`, without a server, by its likeliest tokens."""
+    inputs = tokenizer(text, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[-1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class AnyEngine:

@@ -53,6 +53,11 @@ class Server:
                 time.sleep(0.3)
         raise AssertionError(f"not ready after {seconds} s: {self.said()}")
 
+    def chat(self, *texts: str, **options) -> httpx.Response:
+        """The answer to messages of a user."""
+        body = {"messages": [{"role": "user", "content": text} for text in texts], **options}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
+
     def said(self) -> str:
         return self.log.read_text(errors="replace")[-6000:]
 

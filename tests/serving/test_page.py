@@ -14,7 +14,7 @@ import pytest
 from octavo import demo
 from octavo.checkpoint import convert
 
-from .conversation import TEMPLATE
+from .conversation import chat_model
 from .server import serving
 
 CHROMIUM = os.environ.get("OCTAVO_CHROMIUM") or shutil.which("chromium")
@@ -43,10 +43,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page") / "spanish-8bit"
-    convert(demo.MODEL, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("page") / "spanish-8bit")
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,15 @@ import pytest
 from octavo import demo
 from octavo.checkpoint import convert
 
-from .conversation import TEMPLATE, AnyEngine
+from .conversation import AnyEngine, chat_model, said_in_process
 from .server import serving
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    """The shipped model, in 8 bits, with a chat template."""
-    folder = tmp_path_factory.mktemp("serve") / "spanish"
-    convert(demo.MODEL, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+def spanish(tmp_path_factory):
+    return chat_model(tmp_path_factory.mktemp("serve") / "spanish")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +30,9 @@ def name():
 
 
 @pytest.fixture(scope="module")
-def server(chat_model, tmp_path_factory):
+def server(spanish, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with serving(chat_model, "--engine", "transformers", log=log) as server:
+    with serving(spanish, "--engine", "transformers", log=log) as server:
         yield server
 
 
@@ -46,8 +42,7 @@ class TestTransformers(AnyEngine):
         [{"n": 2}, {"logprobs": True}, {"presence_penalty": 1}, {"response_format": {"type": "json_object"}}],
     )
     def test_what_this_engine_lacks_is_refused(self, server, name, options):
-        body = {"model": name, "messages": [{"role": "user", "content": "Hola"}], **options}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        answer = server.chat("Hola", model=name, **options)
         assert answer.status_code == 400
         assert next(iter(options)) in answer.json()["error"]["message"]
 
@@ -58,15 +53,8 @@ class TestTransformers(AnyEngine):
 
     def test_transformers_chat(self, server, name, tmp_path):
         """In the terminal: the answer that the API gives."""
-        body = {
-            "model": name,
-            "messages": [{"role": "user", "content": "El sol"}],
-            "max_tokens": 8,
-            "temperature": 0,
-        }
-        said = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"][0]["message"][
-            "content"
-        ]
+        answer = server.chat("El sol", model=name, max_tokens=8, temperature=0)
+        said = answer.json()["choices"][0]["message"]["content"]
         command = [str(Path(sys.executable).with_name("transformers")), "chat", name, f"{server.url}/v1"]
         command += ["max_new_tokens=8", "do_sample=False"]
         # huggingface_hub's client, which it uses, would take a server on this machine for the hub.
@@ -102,7 +90,7 @@ def test_a_model_without_a_chat_template(tmp_path):
         assert "/v1/completions" in answer.json()["error"]["message"]
 
 
-def test_an_adapter_is_asked_as_it_was_trained(chat_model, tmp_path):
+def test_an_adapter_is_asked_as_it_was_trained(spanish, tmp_path):
     """A chat model with an adapter that was trained on plain text: one message goes to it as it is."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -111,30 +99,19 @@ def test_an_adapter_is_asked_as_it_was_trained(chat_model, tmp_path):
     from octavo.training.prompts import Prompts
 
     folder = tmp_path / "base"
-    shutil.copytree(chat_model, folder)
+    shutil.copytree(spanish, folder)
     model = octavo.load(folder, dtype="float32", device="cpu")
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "fc_in"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "verses")
     Prompts("plain").save(tmp_path / "verses")
     tokenizer = octavo.load_tokenizer(folder)
-    inputs = tokenizer("El sol", return_tensors="pt")
-    expected = adapted.generate(**inputs, max_new_tokens=8, do_sample=False)[
-        0, inputs["input_ids"].shape[-1] :
-    ]
+    expected = said_in_process(adapted, tokenizer, "El sol", 8)
     arguments = (folder, "--adapter", tmp_path / "verses", "--engine", "transformers")
     with serving(*arguments, log=tmp_path / "log") as server:
-        body = {
-            "model": "verses",
-            "messages": [{"role": "user", "content": "El sol"}],
-            "temperature": 0,
-            "max_tokens": 8,
-        }
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
-        assert answer["choices"][0]["message"]["content"] == tokenizer.decode(
-            expected, skip_special_tokens=True
-        )
-        body["messages"] *= 2
-        refused = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        options = {"model": "verses", "max_tokens": 8, "temperature": 0}
+        answer = server.chat("El sol", **options).json()
+        assert answer["choices"][0]["message"]["content"] == expected
+        refused = server.chat("El sol", "El sol", **options)
         assert refused.status_code == 400
         assert "plain text" in json.dumps(refused.json())

@@ -9,7 +9,7 @@ import octavo
 from octavo import demo
 from octavo.checkpoint import convert
 
-from ..serving.conversation import TEMPLATE, AnyEngine
+from ..serving.conversation import AnyEngine, chat_model, said_in_process
 from ..serving.server import serving
 from .models import finetune, random_model
 
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
     not os.environ.get("OCTAVO_REQUIRE_VLLM") and importlib.util.find_spec("vllm") is None,
     reason="vLLM is not installed: `make test-vllm` does that",
 )
+FOR_VLLM = ["--", "--enforce-eager", "--kv-cache-memory-bytes", str(2**28)]
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,8 @@ def name():
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
-    convert(demo.MODEL, folder / "spanish")
-    (folder / "spanish" / "chat_template.jinja").write_text(TEMPLATE)
-    options = ["--", "--enforce-eager", "--kv-cache-memory-bytes", str(2**28)]
-    with serving(folder / "spanish", *options, log=folder / "log", seconds=240) as server:
+    chat_model(folder / "spanish")
+    with serving(folder / "spanish", *FOR_VLLM, log=folder / "log", seconds=240) as server:
         yield server
 
 
@@ -42,11 +41,9 @@ class TestVllm(AnyEngine):
     def test_as_transformers_says(self, client, server, name):
         tokenizer = octavo.load_tokenizer(demo.MODEL)
         model = octavo.load(server.folder, dtype="float32", device="cpu")
-        inputs = tokenizer("El sentido de la vida es", return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[-1] :]
         prompt = "El sentido de la vida es"
         answer = client.completions.create(model=name, prompt=prompt, max_tokens=16, temperature=0)
-        assert answer.choices[0].text == tokenizer.decode(ids, skip_special_tokens=True)
+        assert answer.choices[0].text == said_in_process(model, tokenizer, prompt, 16)
 
     def test_sigterm_in_mid_stream(self, server, name):
         self.ends_cleanly(server, name)
@@ -61,31 +58,19 @@ def test_adapter(tmp_path):
     convert(tmp_path / "float", base)
     finetune(base, tmp_path / "verses")
     tokenizer = octavo.load_tokenizer(base)
-    inputs = tokenizer("El viento", return_tensors="pt")
     expected = {}
     for name, adapter in (("base", None), ("verses", tmp_path / "verses")):
         model = octavo.load(base, adapter=adapter, dtype="float32", device="cpu")
-        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[-1] :]
-        expected[name] = tokenizer.decode(ids, skip_special_tokens=True)
+        expected[name] = said_in_process(model, tokenizer, "El viento", 8)
     assert expected["base"] != expected["verses"]
-    options = [
-        "--adapter",
-        tmp_path / "verses",
-        "--",
-        "--enforce-eager",
-        "--kv-cache-memory-bytes",
-        str(2**28),
-    ]
-    with serving(base, "--dtype", "float32", *options, log=tmp_path / "log", seconds=240) as server:
+    options = ["--dtype", "float32", "--adapter", tmp_path / "verses", *FOR_VLLM]
+    with serving(base, *options, log=tmp_path / "log", seconds=240) as server:
         for name in expected:
             body = {"model": name, "prompt": "El viento", "max_tokens": 8, "temperature": 0}
             answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
             assert answer["choices"][0]["text"] == expected[name]
         # Trained on plain text: one message is the text, without a template's marks.
-        body = {"model": "verses", "messages": [{"role": "user", "content": "El viento"}]}
-        answer = httpx.post(
-            f"{server.url}/v1/chat/completions", json={**body, "max_tokens": 8, "temperature": 0}, timeout=60
-        ).json()
+        answer = server.chat("El viento", model="verses", max_tokens=8, temperature=0).json()
         assert answer["choices"][0]["message"]["content"] == expected["verses"]
 
 
