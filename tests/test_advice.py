@@ -1,29 +1,17 @@
 """What a command says to do next is right for the kind of model at hand, and can be run as it is printed."""
 
-import sys
-
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from octavo.cli import main
 from octavo.cli.checks import continues_text
 
+from .command import run
 from .models import config
 from .models.checkpoints import CONFIGS, build
 from .models.gguf_files import write_llama
 
 ENCODERS = [AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification]
-
-
-def run(monkeypatch, capsys, *arguments):
-    """The command in this process: exit status, output and errors."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "argv", ["octavo", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    said = capsys.readouterr()
-    return stopped.value.code, said.out, said.err
 
 
 @pytest.mark.parametrize("kind", ENCODERS, ids=lambda kind: kind.__name__)

@@ -16,6 +16,7 @@ from octavo.evaluation.formats import USUAL, find_format
 from octavo.evaluation.scoring import windows
 from octavo.evaluation.texts import Tokens
 
+from .command import run
 from .conftest import relative_error
 from .models import causal
 from .models.published import tiny_gptj
@@ -256,23 +257,11 @@ def folder(tmp_path_factory):
     return where
 
 
-def run(monkeypatch, capsys, *arguments):
-    """The command in this process: exit status, stdout, stderr."""
-    from octavo.cli import main
-
-    monkeypatch.setattr(sys, "argv", ["octavo", "compare", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as status:
-        main()
-    found = capsys.readouterr()
-    return status.value.code or 0, found.out, found.err
-
-
 def test_the_command(folder, monkeypatch, capsys, tmp_path):
     from PIL import Image
 
     arguments = (folder / "model", "--text", folder / "text.txt", "--limit-tokens", 300)
-    status, out, err = run(monkeypatch, capsys, *arguments, "--output", tmp_path / "new" / "out")
+    status, out, err = run(monkeypatch, capsys, "compare", *arguments, "--output", tmp_path / "new" / "out")
     assert status == 0, err
     for name in USUAL:
         assert name in out
@@ -287,7 +276,9 @@ def test_the_command(folder, monkeypatch, capsys, tmp_path):
     with Image.open(tmp_path / "new" / "out" / "compare.png") as image:
         image.load()
         assert min(image.size) > 600
-    status, out, err = run(monkeypatch, capsys, *arguments, "--formats", "fitted-64, bfloat16", "--json")
+    status, out, err = run(
+        monkeypatch, capsys, "compare", *arguments, "--formats", "fitted-64, bfloat16", "--json"
+    )
     assert status == 0, err
     found = json.loads(out)
     row = next(row for row in written["formats"] if row["format"] == "fitted-64")
@@ -314,7 +305,7 @@ def test_the_command_and_the_library_agree_on_what_is_usual():
 )
 def test_what_is_wrong_is_told_in_one_line(folder, monkeypatch, capsys, options, expected):
     text = () if "--text" in options else ("--text", folder / "text.txt")
-    status, out, err = run(monkeypatch, capsys, folder / "model", *text, *options)
+    status, out, err = run(monkeypatch, capsys, "compare", folder / "model", *text, *options)
     assert (
         status == (2 if "--dtype" in options else 1)
         and out == ""

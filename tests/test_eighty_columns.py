@@ -10,8 +10,10 @@ from rich.console import Console
 from typer.main import get_command
 
 from octavo import demo
-from octavo.cli import app, main
+from octavo.cli import app
 from octavo.cli.terminal import broken, say, show_facts, show_table
+
+from .command import run
 
 COMMANDS = sorted(get_command(app).commands)
 
@@ -22,13 +24,10 @@ def eighty(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["octavo", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    said = capsys.readouterr()
-    assert stopped.value.code == 0, said.err
-    return said.out
+def printed(monkeypatch, capsys, *arguments):
+    status, out, err = run(monkeypatch, capsys, *arguments)
+    assert status == 0, err
+    return out
 
 
 def examples(text):
@@ -39,7 +38,7 @@ def examples(text):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_fits_and_its_examples_are_commands(name, monkeypatch, capsys):
-    shown = run(monkeypatch, capsys, name, "--help")
+    shown = printed(monkeypatch, capsys, name, "--help")
     assert max(map(len, shown.splitlines())) <= 80
     for typed in examples(shown):
         program, *words = shlex.split(typed)
@@ -61,7 +60,7 @@ def test_every_option_is_explained_and_says_what_it_takes(name, monkeypatch, cap
     for parameter in get_command(app).commands[name].params:
         assert parameter.help, parameter.name
     # A type's name says nothing of what is meant: N, DIR, TEXT or the choices do.
-    shown = run(monkeypatch, capsys, name, "--help")
+    shown = printed(monkeypatch, capsys, name, "--help")
     assert not re.findall(
         r"^ +--.* (?:<(?:str|int|float|path)>|INTEGER|FLOAT|PATH)(?: |$)", shown, re.MULTILINE
     )
@@ -73,17 +72,17 @@ def test_inspect_and_compare_and_the_others(tmp_path, monkeypatch, capsys):
     out = tmp_path / "8"
     few = ("--text", text, "--limit-tokens", 60, "--window", 32)
     shown = {
-        "quantize": run(monkeypatch, capsys, "quantize", demo.MODEL, out),
-        "inspect": run(monkeypatch, capsys, "inspect", out, "--against", demo.MODEL),
-        "compare": run(
+        "quantize": printed(monkeypatch, capsys, "quantize", demo.MODEL, out),
+        "inspect": printed(monkeypatch, capsys, "inspect", out, "--against", demo.MODEL),
+        "compare": printed(
             monkeypatch, capsys, "compare", demo.MODEL, *few, "--formats", "fitted-64,bitsandbytes"
         ),
-        "evaluate": run(monkeypatch, capsys, "evaluate", out, "--against", demo.MODEL, *few),
-        "plan": run(monkeypatch, capsys, "plan", out, "--memory", "1MB"),
-        "doctor": run(monkeypatch, capsys, "doctor"),
+        "evaluate": printed(monkeypatch, capsys, "evaluate", out, "--against", demo.MODEL, *few),
+        "plan": printed(monkeypatch, capsys, "plan", out, "--memory", "1MB"),
+        "doctor": printed(monkeypatch, capsys, "doctor"),
     }
-    for command, printed in shown.items():
-        for line in printed.splitlines():
+    for command, text in shown.items():
+        for line in text.splitlines():
             # But for a path or a command that is longer by itself.
             assert len(line.rstrip()) <= 80 or str(tmp_path) in line or str(demo.MODEL) in line, (
                 command,
@@ -151,4 +150,4 @@ def test_values_go_on_below_themselves_and_names_stay_whole(capsys):
 
 def test_the_installed_command_prints_the_same_help(monkeypatch, capsys):
     done = subprocess.run([sys.executable, "-m", "octavo", "--help"], capture_output=True, text=True)
-    assert done.stdout == run(monkeypatch, capsys, "--help")
+    assert done.stdout == printed(monkeypatch, capsys, "--help")

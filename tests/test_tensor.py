@@ -13,21 +13,11 @@ import octavo
 from octavo import OctavoConfig, OctavoTensor
 
 from .conftest import brute_dequantize
-
-
-def make(*shape, device="cpu", **options) -> OctavoTensor:
-    return OctavoTensor.from_float(torch.randn(*shape, device=device), **options)
+from .models.weights import check_view, make
 
 
 def same_parts(one: OctavoTensor, other: OctavoTensor) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("qdata", "absmax", "code"))
-
-
-def check_view(found, dense) -> None:
-    """`found` is still an OctavoTensor, looks like `dense` and decodes to it bit for bit."""
-    assert isinstance(found, OctavoTensor)
-    assert found.shape == dense.shape and (found.transposed or found.stride() == dense.stride())
-    assert torch.equal(found.dequantize(), dense)
 
 
 # --- what it is

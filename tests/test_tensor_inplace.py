@@ -7,12 +7,10 @@ from torch import nn
 import octavo
 from octavo import OctavoConfig, OctavoTensor
 
+from .models.weights import make
+
 # Twice the worst rounding of 256 entries over [-1, 1], with room: relative to the largest weight.
 STEP = 0.02
-
-
-def make(*shape, device="cpu", **options) -> OctavoTensor:
-    return OctavoTensor.from_float(torch.randn(*shape, device=device), **options)
 
 
 def near(found, expected) -> bool:

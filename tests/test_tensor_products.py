@@ -6,15 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import octavo
-from octavo import OctavoTensor
 
 from .conftest import relative_error
+from .models.weights import make
 
 pytestmark = pytest.mark.usefixtures("no_fallbacks")
-
-
-def make(*shape, device="cpu", **options) -> OctavoTensor:
-    return OctavoTensor.from_float(torch.randn(*shape, device=device), **options)
 
 
 def close(found, expected, tolerance=1e-5) -> None:

@@ -7,17 +7,7 @@ import octavo
 from octavo import OctavoTensor
 
 from .conftest import relative_error
-
-
-def make(*shape, device="cpu", **options) -> OctavoTensor:
-    return OctavoTensor.from_float(torch.randn(*shape, device=device), **options)
-
-
-def check_view(found, dense) -> None:
-    """`found` is still an OctavoTensor, looks like `dense` and decodes to it bit for bit."""
-    assert isinstance(found, OctavoTensor)
-    assert found.shape == dense.shape and (found.transposed or found.stride() == dense.stride())
-    assert torch.equal(found.dequantize(), dense)
+from .models.weights import check_view, make
 
 
 @pytest.mark.usefixtures("no_fallbacks")

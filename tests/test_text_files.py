@@ -5,25 +5,17 @@ import csv
 import json
 import shlex
 import subprocess
-import sys
 
 import pytest
 
 from octavo import demo
-from octavo.cli import main
 from octavo.text_files import decode, read_text
 from octavo.training.records import read_records
 
+from .command import run
+
 SPANISH = "El niño soñó con la cigüeña.\nDijo: «¿mañana?»\n"
 CHINESE = "天地玄黄\n宇宙洪荒\n"
-
-
-def run(monkeypatch, capsys, *arguments):
-    """The command in this process: its exit status and the last line of its errors."""
-    monkeypatch.setattr(sys, "argv", ["octavo", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return stopped.value.code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
 
 @pytest.mark.parametrize("text", [SPANISH, CHINESE, "hola", "día 1\n"])
@@ -113,9 +105,9 @@ def test_every_command_that_reads_a_text_says_the_same(command, tmp_path, monkey
         "compare": ("--text", path),
         "quantize": (tmp_path / "out", "--calibrate", path),
     }[command]
-    status, line = run(monkeypatch, capsys, command, demo.MODEL, *arguments)
+    status, _, err = run(monkeypatch, capsys, command, demo.MODEL, *arguments)
     assert status == 1
-    assert f"iconv -f ISO-8859-1 -t UTF-8 {shlex.quote(str(path))}" in line
+    assert f"iconv -f ISO-8859-1 -t UTF-8 {shlex.quote(str(path))}" in err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -153,9 +145,9 @@ def test_a_whole_emoji_in_two_halves_is_one_character(tmp_path):
 )
 def test_half_a_character_in_a_prompt(prompt, options, monkeypatch, capsys):
     """Python hands bytes of the command line that are no UTF-8 over as lone surrogates."""
-    status, line = run(monkeypatch, capsys, "generate", demo.MODEL, prompt, *options)
+    status, _, err = run(monkeypatch, capsys, "generate", demo.MODEL, prompt, *options)
     assert status == 1
-    assert "holds half of a character" in line
+    assert "holds half of a character" in err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt"])

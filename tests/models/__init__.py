@@ -3,6 +3,7 @@
 | module | what is in it |
 | --- | --- |
 | here | configurations, models, models in 8 bits and their plain twins |
+| `weights` | random 8-bit weights |
 | `tokenizers` | tokenizers made on the spot |
 | `checkpoints` | models saved in transformers' own form, one for each shape of checkpoint |
 | `published` | published 8-bit checkpoints, made with bitsandbytes |
