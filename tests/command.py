@@ -1,6 +1,9 @@
-"""The command line in this process."""
+"""The command line in this process, and processes that are stopped while they write."""
 
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +18,14 @@ def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
         main()
     said = capsys.readouterr()
     return stopped.value.code or 0, said.out, said.err
+
+
+def stop_midway(process: subprocess.Popen, out: Path, signal: int, done: int = 4) -> None:
+    """Send `signal` once the journal of what will be `out` has more than `done` lines."""
+    journal = out.with_name(f"{out.name}.partial") / "octavo-journal.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if journal.exists() and journal.read_bytes().count(b"\n") > done:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal)

@@ -12,8 +12,7 @@ import octavo
 from octavo.checkpoint import CheckpointError, convert
 from octavo.checkpoint.writing.output_directory import OutputDirectory
 
-from .models.checkpoints import save
-from .test_stream_convert import digest
+from .models.checkpoints import digest, save
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import typer
@@ -15,6 +14,7 @@ from octavo.cli.inspect import inspect
 from octavo.cli.options import size as parse_size
 from octavo.cli.quantize import quantize
 
+from .command import stop_midway
 from .models.checkpoints import CONFIGS, build, save
 from .models.published import publish, tiny_gptj
 
@@ -113,13 +113,7 @@ def test_ctrl_c_says_how_to_go_on(app, tmp_path):
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
-    journal = tmp_path / "out.partial" / "octavo-journal.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and journal.read_bytes().count(b"\n") > 4:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    stop_midway(process, tmp_path / "out", signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "same command goes on" in errors

@@ -1,11 +1,9 @@
 """Streaming conversion gives what quantizing a live model gives, byte for byte, whatever happens on the way."""
 
-import hashlib
 import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -16,16 +14,8 @@ import octavo
 from octavo.checkpoint import CheckpointError, convert, open_source
 from octavo.checkpoint.inspection import report
 
-from .models.checkpoints import CONFIGS, build, logits, save
-
-
-def digest(folder):
-    """Hash of every file of a folder, by name."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+from .command import stop_midway
+from .models.checkpoints import CONFIGS, build, digest, logits, save
 
 
 def load(folder, **options):
@@ -246,13 +236,7 @@ def test_kill_9_then_again(tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path / "plain"), str(tmp_path / "out")]
     process = subprocess.Popen(command)
-    journal = tmp_path / "out.partial" / "octavo-journal.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and journal.read_bytes().count(b"\n") > 4:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    stop_midway(process, tmp_path / "out", signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     result = convert(tmp_path / "plain", tmp_path / "out")

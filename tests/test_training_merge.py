@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from octavo.checkpoint import CheckpointError, convert
 from octavo.checkpoint.writing.writer import CheckpointWriter
 from octavo.merging.merge import merge
 
+from .command import stop_midway
 from .conftest import relative_error
 from .models import (
     ARCHITECTURES,
@@ -30,7 +30,7 @@ from .models import (
     plain_twin,
     quantized,
 )
-from .test_stream_convert import digest
+from .models.checkpoints import digest
 
 peft = pytest.importorskip("peft")
 
@@ -231,12 +231,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(wide):
     lines = []
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", code, base, adapter, out])
-        known, deadline = (lines or [1])[-1], time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if journal.exists() and journal.read_bytes().count(b"\n") > known + 3:
-                break
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+        stop_midway(process, Path(out), signal.SIGKILL, (lines or [1])[-1] + 3)
         assert process.wait() == -signal.SIGKILL
         assert not Path(out).exists()
         lines.append(journal.read_bytes().count(b"\n"))

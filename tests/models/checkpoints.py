@@ -1,5 +1,7 @@
 """Small random models, one for each shape of checkpoint, and how they are saved."""
 
+import hashlib
+
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -41,3 +43,12 @@ def logits(model):
     ids = torch.randint(0, VOCABULARY, (2, 12), generator=generator)
     with torch.no_grad():
         return model(ids).logits.float()
+
+
+def digest(folder):
+    """Hash of every file of a folder, by name."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
