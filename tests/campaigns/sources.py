@@ -12,7 +12,7 @@ from octavo.checkpoint import convert, open_source
 
 from ..models.checkpoints import CONFIGS, build, save
 from ..models.gguf_files import write_llama
-from ..published import publish, tiny_gptj
+from ..models.published import publish, tiny_gptj
 
 
 @dataclass(frozen=True)
