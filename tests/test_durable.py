@@ -14,8 +14,7 @@ from octavo.checkpoint.writing.durable import put_in_place, write_json
 from octavo.checkpoint.writing.journal import NAME
 from octavo.training.folder import MARK, MARKED, OPTIONS_FILE, mark, newest_checkpoint, refuse_to_overwrite
 
-from .test_checkpoint_models import save
-from .test_stream_convert import digest
+from .models.checkpoints import digest, save
 
 
 @pytest.fixture

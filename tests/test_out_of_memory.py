@@ -8,7 +8,7 @@ import torch
 from octavo import cli, loading
 from octavo.checkpoint.errors import CheckpointError, out_of_memory
 
-from .test_checkpoint_models import save
+from .models.checkpoints import save
 
 
 def real_error() -> Exception:

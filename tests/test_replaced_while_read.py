@@ -9,7 +9,7 @@ from octavo import loading
 from octavo.checkpoint import CheckpointError, convert, open_source
 from octavo.export import export_gguf
 
-from .test_checkpoint_models import save
+from .models.checkpoints import save
 
 REFUSED = "was replaced while it was read"
 
