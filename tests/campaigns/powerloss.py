@@ -101,6 +101,9 @@ class Disk:
         elif kind == "M":
             self._change(Folder(), None, self._place(first))
         elif kind == "U":
+            folder, name = self._place(first)
+            if name not in folder.entries:
+                return  # made past the C library, and never synced
             self._change(self._node(first), self._place(first), None)
         elif kind == "R":
             self._change(self._node(first), self._place(first), self._place(second))

@@ -3,8 +3,8 @@
  *     cc -shared -fPIC -O2 -o recorder.so recorder.c -ldl -lpthread
  *     RECORDER_ROOT=/tmp/out RECORDER_LOG=/tmp/log LD_PRELOAD=./recorder.so command
  *
- * A record is its head, two paths and the bytes written. Writes into mapped memory and the flushes of C's own FILE are not seen:
- * whoever reads the records compares what they lead to with what lies on the disk.
+ * A record is its head, two paths and the bytes written. Writes into mapped memory and the flushes of C's own FILE are not seen, and
+ * calls past the C library only in part: whoever reads the records compares what they lead to with what lies on the disk.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -99,11 +99,39 @@ static int is_there(int folder, const char *path) {
     return there;
 }
 
+/* Files whose making was seen, by number. Some libraries (Rust's rustix) call the system past the C library: what they made is
+ * recorded, as one write, when something else is first done to it. */
+static ino_t seen[1 << 16];
+static int seen_count;
+
+static void note(const char *name) {
+    struct stat found;
+    if (seen_count < (int)(sizeof seen / sizeof *seen) && !stat(name, &found)) seen[seen_count++] = found.st_ino;
+}
+
+static void make_known(const char *name) {
+    struct stat found;
+    if (stat(name, &found) || !S_ISREG(found.st_mode)) return;
+    for (int i = 0; i < seen_count; i++)
+        if (seen[i] == found.st_ino) return;
+    int file = syscall(SYS_openat, AT_FDCWD, name, O_RDONLY | O_CLOEXEC);
+    char *data = malloc(found.st_size + 1);
+    ssize_t size = pread(file, data, found.st_size, 0);
+    syscall(SYS_close, file);
+    record('C', name, "", 0, NULL, 0);
+    if (size > 0) record('W', name, "", 0, data, size);
+    free(data);
+    note(name);
+}
+
 static void opened(int file, int flags, int there) {
     char name[PATH_MAX];
     int kept = errno;
     if (file >= 0 && (flags & (O_CREAT | O_TRUNC)) && name_of(file, name)) {
-        if (!there) record('C', name, "", 0, NULL, 0);
+        if (!there) {
+            record('C', name, "", 0, NULL, 0);
+            note(name);
+        }
         else if (flags & O_TRUNC) record('T', name, "", 0, NULL, 0);
     }
     errno = kept;
@@ -215,6 +243,7 @@ ssize_t copy_file_range(int from, off64_t *at, int to, off64_t *to_at, size_t si
         char one[PATH_MAX] = "", two[PATH_MAX] = "";                            \
         pthread_mutex_lock(&lock);                                              \
         int tracked = naming;                                                   \
+        if (tracked && (kind == 'S' || kind == 'T' || kind == 'R')) make_known(one); \
         int result = call, kept = errno;                                        \
         if (!result && tracked) record(kind, first, second, offset, NULL, 0);   \
         pthread_mutex_unlock(&lock);                                            \
