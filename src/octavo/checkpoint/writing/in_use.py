@@ -5,6 +5,7 @@ Example:
     ...     write()                                          # another process that comes now gets an InUseError
 """
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ class InUseError(CheckpointError):
 
 
 class Lock:
-    """Keeps other processes out until it is closed, or nobody refers to it any more. Does nothing where the system has no such
-    locks.
+    """Keeps other processes out until it is closed, or nobody refers to it any more. Does nothing where the system, or the file
+    system, has no such locks.
 
     Args:
         path: a folder, or a file, which is made if it is not there.
@@ -40,6 +41,12 @@ class Lock:
             except BlockingIOError:
                 self.close()
                 raise InUseError(f"{path}: another process is writing it; wait for it to end") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise
+                # A file system without locks, as some of many machines are.
+                self.close()
+                return
             # Meanwhile the file may have got another name, from whoever held it.
             if path.exists() and os.path.samestat(os.fstat(self._handle), path.stat()):
                 return
