@@ -63,7 +63,7 @@ def test_an_export_beside_another_one(tmp_path):
 
 
 def test_predictions_beside_others(tmp_path):
-    from octavo.evaluation.evaluate import measure
+    from octavo.evaluation.evaluate import evaluate
 
     out, text = tmp_path / "logits", tmp_path / "text.txt"
     text.write_text("La luna brilla sobre el mar, y nadie la mira dos veces. " * 10)
@@ -71,9 +71,9 @@ def test_predictions_beside_others(tmp_path):
     with Lock(other):
         other.write_text("the other's")
         with pytest.raises(InUseError):
-            measure(demo.MODEL, [str(text)], save_logits=out)
+            evaluate(demo.MODEL, [str(text)], save_logits=out)
         assert other.read_text() == "the other's" and not out.exists()
-    measure(demo.MODEL, [str(text)], save_logits=out)
+    evaluate(demo.MODEL, [str(text)], save_logits=out)
     assert out.exists() and not other.exists()
 
 
