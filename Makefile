@@ -14,6 +14,7 @@ SOURCES := pyproject.toml constraints.txt $(LOCK) CMakeLists.txt $(wildcard csrc
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
+# The packages of requirements/lock.txt, by their hashes; HASHES=no: what constraints.txt allows, for a machine that they do not fit.
 install: $(INSTALLED)  ## install into .venv
 
 $(VENV)/bin/python:
@@ -22,9 +23,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(VENV)/bin/python $(SOURCES)
+ifeq ($(HASHES),no)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
+else
 	$(PIP) install -q --no-deps --require-hashes -r $(LOCK)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q --no-deps --no-build-isolation -e .
+endif
 	@touch $@
 
 lock: $(INSTALLED)  ## versions and hashes of what `make install` takes, anew, after a change of pyproject.toml or constraints.txt
