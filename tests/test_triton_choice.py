@@ -1,6 +1,7 @@
 """Which GPU kernel a call gets, and that none is used that does not agree: the logic, without a GPU."""
 
 import ctypes
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from octavo.ops.gpu.kernel import Call, Instance, Kernel
 from octavo.ops.gpu.kernels import cuda_mma, cuda_simt, cuda_wgmma
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+CPU, CHECK_LINEAR = torch.device("cpu"), verify.check_linear
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +86,10 @@ def test_forcing(monkeypatch):
     [
         ("cuda_mma", on_gpu(BF16, 64, (9, 0)), None),
         ("cuda_mma", on_gpu(BF16, 257, (9, 0)), "257 tokens are more than 256"),
-        ("cuda_mma", on_gpu(F16, 1, (7, 5)), "from compute capability 8.0 on"),
-        ("cuda_mma", on_gpu(F32, 1, (9, 0)), "tensor cores take float16 and bfloat16"),
+        ("cuda_mma", on_gpu(F16, 1, (7, 5)), None),
+        ("cuda_mma", on_gpu(F16, 1, (7, 0)), "float16 from compute capability 7.5 on"),
+        ("cuda_mma", on_gpu(BF16, 1, (7, 5)), "bfloat16 from 8.0 on"),
+        ("cuda_mma", on_gpu(F32, 1, (9, 0)), "tensor cores take float16"),
         ("cuda_wgmma", on_gpu(F16, 5000, (9, 0)), None),
         ("cuda_wgmma", on_gpu(F16, 64, (8, 0)), "on compute capability 9.0"),
         ("cuda_wgmma", on_gpu(F32, 64, (9, 0)), "wgmma takes float16 and bfloat16"),
@@ -270,13 +274,80 @@ def test_what_fails_is_named_once_and_left_out(monkeypatch):
     with pytest.warns(RuntimeWarning, match="GPU kernel fast is not used .*no such instruction"):
         assert not verify.trusted(checked(fails), on_gpu(F16))
     assert not verify.trusted(checked(fails), on_gpu(F16))
-    assert calls == [(1, 1040, 64, F16, F16, torch.device("cuda", 0))]
+    assert calls == [(1, 1040, 64, F16, F16, torch.device("cuda", 0), False)]
     assert verify.trusted(checked(lambda *arguments: "fine"), on_gpu(BF16))
     case = "torch.float16, 1 tokens, block 64, tall, columns 1040"
     assert verify.verdicts() == {
         f"fast, cuda:0, torch.float16, {case}": (False, "CompilationFailed: no such instruction"),
         f"fast, cuda:0, torch.bfloat16, {case}": (True, "fine"),
     }
+
+
+def test_segments_that_fail_their_check_leave_the_kernel_its_table(monkeypatch):
+    """The same kernel comes next, not a slower one; what failed is listed for `octavo doctor`."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    made = []
+
+    def run(x, qdata, absmax, code, block_size, bias, out, segments=False):
+        if segments:
+            raise nvrtc.CompilationFailed("no such instruction")
+        right(x, qdata, absmax, code, block_size, bias, out)
+
+    record = Kernel(
+        name="fast",
+        operation="linear",
+        summary="",
+        run=run,
+        unsupported_reason=lambda call: None,
+        place=lambda call: 1,
+        instance=lambda call: Instance(
+            functools.partial(run, segments=call.segments), 1040, segments=call.segments
+        ),
+        bind=lambda call: made.append(call.segments),
+        segmented=lambda call: call.tokens == 1,
+    )
+    monkeypatch.setattr(kernels, "named", lambda: {"fast": record})
+    monkeypatch.setattr(
+        verify, "check_linear", lambda run, *rest: CHECK_LINEAR(run, *rest[:5], CPU, *rest[6:])
+    )
+    with pytest.warns(RuntimeWarning, match="fast is not used for .*segments.*no such instruction"):
+        kernel = choose.chosen("linear", on_gpu(F16, segments=True))
+    assert kernel.name == "fast" and kernel.run is run
+    kernel.bind(on_gpu(F16))
+    (failed, why), (table, good) = verify.verdicts().items()
+    assert "segments" in failed and why == (False, "CompilationFailed: no such instruction")
+    assert "segments" not in table and good[0]
+    # Where it works, it is what runs, and its launch is bound as such.
+    monkeypatch.setattr(verify, "_verdicts", {})
+    monkeypatch.setattr(verify, "trusted", lambda kernel, call: True)
+    kernel = choose.chosen("linear", on_gpu(F16, segments=True))
+    assert kernel.run.keywords == {"segments": True}
+    kernel.bind(on_gpu(F16))
+    assert made == [False, True]
+    # Not for more tokens, where the record says that the table is better; and not for a table.
+    for call in (on_gpu(F16, 2, segments=True), on_gpu(F16)):
+        assert choose.chosen("linear", call).run is run
+
+
+@pytest.mark.parametrize(
+    "capability, one_token, rows",
+    [
+        ((6, 0), False, False),  # instructions are the bound
+        ((6, 1), True, True),
+        ((7, 5), True, True),
+        ((8, 0), False, False),
+        ((8, 9), True, True),
+        ((9, 0), False, False),  # measured with tables
+    ],
+)
+def test_where_segments_are_computed(capability, one_token, rows):
+    known = kernels.named()
+    call = on_gpu(F16, 1, capability, segments=True)
+    assert [its.segments for _, its in known["cuda_simt"].variants(call)] == [True, False][not one_token :]
+    assert [its.segments for _, its in known["cuda_decode"].variants(call)] == [True, False][not rows :]
+    # A table has one way only, and so have kernels that leave it to others.
+    for kernel in known.values():
+        assert [its.segments for _, its in kernel.variants(on_gpu(F16, 1, capability))] == [False]
 
 
 def test_nothing_is_checked_during_a_capture(monkeypatch):
@@ -357,7 +428,7 @@ def test_nvrtc_compiles_the_source():
         nvrtc._nvrtc()
     except nvrtc.CompilationFailed:
         pytest.skip("NVRTC is not installed (CPU builds of PyTorch come without it)")
-    source = cuda_launch.source("common", "stream", "linear_mma")
+    source = cuda_launch.source(*cuda_launch.COMMON, "linear_mma")
     defines = ("-DX_TYPE=2", "-DSCALE=1", "-DM_TILES=1", "-DN_TILES=1", "-DDEPTH=2")
     assert nvrtc.compile_source(source, 90, defines)
     with pytest.raises(nvrtc.CompilationFailed, match="M_TILES"):

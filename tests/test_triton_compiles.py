@@ -50,12 +50,13 @@ def compiled(kernel, capability, constants, x="fp16", **options):
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def multiply_constants(tile):
+def multiply_constants(tile, segments=False):
     block_m, block_n, block_k, _, _ = tile
     return {
         "BLOCK_SIZE": 64,
         "HAS_BIAS": True,
         "GATHER": True,
+        "SEGMENTS": segments,
         "EVEN": True,
         "SPLIT_K": 1,
         "BLOCK_M": block_m,
@@ -72,6 +73,7 @@ SMALL = [
             "BLOCK_SIZE": 64,
             "HAS_BIAS": True,
             "GATHER": False,
+            "SEGMENTS": False,
             "EVEN": True,
             "BLOCK_N": 8,
             "BLOCK_K": 512,
@@ -79,7 +81,23 @@ SMALL = [
     ),
     SimpleNamespace(
         kernel=decode.decode_kernel,
-        constants={"BLOCK_SIZE": 64, "HAS_IDS": True, "GATHER": True, "BLOCK_K": 1024},
+        constants={"BLOCK_SIZE": 64, "HAS_IDS": True, "GATHER": True, "SEGMENTS": False, "BLOCK_K": 1024},
+    ),
+    SimpleNamespace(
+        kernel=gemv.gemv_kernel,
+        constants={
+            "BLOCK_SIZE": 64,
+            "HAS_BIAS": True,
+            "GATHER": True,
+            "SEGMENTS": True,
+            "EVEN": True,
+            "BLOCK_N": 8,
+            "BLOCK_K": 512,
+        },
+    ),
+    SimpleNamespace(
+        kernel=decode.decode_kernel,
+        constants={"BLOCK_SIZE": 64, "HAS_IDS": True, "GATHER": True, "SEGMENTS": True, "BLOCK_K": 1024},
     ),
     SimpleNamespace(
         kernel=gemm.add_partial_kernel, constants={"HAS_BIAS": True, "SPLIT_K": 4, "BLOCK": 1024}
@@ -98,14 +116,15 @@ def test_kernel(case, capability):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("tokens", list(gemm.TILES))
 @pytest.mark.parametrize("capability", [80, 90])
-def test_gemm_uses_tensor_cores(tokens, capability):
+def test_gemm_uses_tensor_cores(tokens, capability, segments):
     tile = gemm.tile_for(tokens)
     result = compiled(
         gemm.gemm_kernel,
         capability,
-        multiply_constants(tile),
+        multiply_constants(tile, segments),
         x="bf16",
         num_warps=tile[3],
         num_stages=tile[4],

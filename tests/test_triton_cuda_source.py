@@ -32,7 +32,7 @@ CALLS["add_parts"] = "((const float*)p[0], (const scalar*)p[1], (scalar*)p[2], n
 
 def source(kernel: str) -> str:
     wgmma = kernel in ("permute_x", "add_parts", "linear_wgmma")
-    return cuda_launch.source(*(cuda_wgmma.SOURCE if wgmma else ("common", "stream", kernel)))
+    return cuda_launch.source(*(cuda_wgmma.SOURCE if wgmma else (*cuda_launch.COMMON, kernel)))
 
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -70,9 +70,26 @@ def build(tmp_path_factory):
     return make
 
 
-def packed(rows, columns, block, scales):
-    weight = torch.randn(rows, columns)
-    return reference.quantize(weight, codebook.dynamic(), block, scales)
+def segments(seed=0):
+    """Sixteen lines of random slopes within [-1, 1], on the finest grid; neighbours may be far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    slopes = torch.randint(0, 100, (16, 1), generator=generator)
+    gaps = torch.randint(0, 30, (16, 1), generator=generator)
+    starts = (15 * slopes + gaps).cumsum(0) - 15 * slopes - 12000
+    return ((starts + slopes * torch.arange(16)).reshape(256) / 16384).float()
+
+
+def steep():
+    """Lines as long as a codebook's whole range: -1 to 1 in fifteen steps, all else flat."""
+    code = torch.full((16, 16), -1.0)
+    code[7] = torch.arange(16) * (2184 / 16384) - 1
+    code[8:] = code[7, 15]
+    return code.reshape(256)
+
+
+def packed(rows, columns, block, scales, code=None):
+    code = codebook.dynamic() if code is None else code
+    return reference.quantize(torch.randn(rows, columns), code, block, scales)
 
 
 def aligned(tensor):
@@ -90,9 +107,9 @@ def aligned(tensor):
     return flat[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def check_linear(run, grid, dtype, tokens, rows, columns, block, scales, bias):
-    code = codebook.dynamic()
-    qdata, absmax = packed(rows, columns, block, scales)
+def check_linear(run, grid, dtype, tokens, rows, columns, block, scales, bias, code=None):
+    code = codebook.dynamic() if code is None else code
+    qdata, absmax = packed(rows, columns, block, scales, code)
     x = torch.randn(tokens, columns).to(dtype)
     bias = torch.randn(rows).to(dtype) if bias else None
     out = torch.full((tokens, rows), float("nan"), dtype=dtype)
@@ -108,6 +125,7 @@ def check_linear(run, grid, dtype, tokens, rows, columns, block, scales, bias):
     naive = torch.nn.functional.linear(x, weight.to(dtype), bias)
     limit = 1e-5 if dtype == torch.float32 else 1.05 * error(naive, exact) + 1e-6
     assert error(out, exact) <= limit
+    return x, qdata, absmax, bias, out
 
 
 def error(found, exact):
@@ -159,6 +177,16 @@ def test_mma(build, dtype, scales, tokens, rows, columns, block, tiles, groups, 
 
 
 @needs_gxx
+@pytest.mark.parametrize("computed", [False, True])
+def test_mma_in_half_steps(build, computed):
+    """Two instructions of eight columns for one of sixteen, as GPUs before 8.0 have them."""
+    sizes = {"X_TYPE": 1, "SCALE": 1, "M_TILES": 2, "N_TILES": 2, "WARPS_M": 2, "DEPTH": 1}
+    run = build("linear_mma", **sizes, SEGMENTS=int(computed), HALF_STEPS=1)
+    code = segments() if computed else None
+    check_linear(run, 2, torch.float16, 13, 90, 1040, 64, torch.float16, True, code)
+
+
+@needs_gxx
 @pytest.mark.parametrize("copies", [1, 8, 32])
 def test_mma_is_the_same_with_any_number_of_copies_and_blocks(build, copies):
     """The layout of the table and the size of the launch change no bit of the result."""
@@ -197,6 +225,68 @@ def test_decode_is_the_reference_bit_for_bit(build, dtype):
         ids = torch.tensor([3, 18, 0, 3], dtype=kind)
         assert torch.equal(decode(ids, 0, columns), expected[ids.long()])
     assert torch.isnan(decode(torch.tensor([rows, -1]), 0, columns)).all()
+
+
+@needs_gxx
+@pytest.mark.parametrize("scales", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_decoding_segments_is_the_reference_bit_for_bit(build, dtype, scales):
+    """Every index, computed from lines: on the finest grid, on one that fits bytes, as steep as can be; scales of every size."""
+    half = int(scales == torch.float16)
+    run = build("decode_rows", X_TYPE=TYPES[dtype], SCALE=half, DEPTH=2, SEGMENTS=1)
+    fitted = codebook.fit(torch.randn(64, 512), 64)
+    for code in (segments(), steep(), fitted, torch.linspace(-128, 127, 256) / 128):
+        assert codebook.segments(code) is not None
+        qdata = torch.stack([torch.randperm(256) for _ in range(19 * 4)]).view(19, 1024).to(torch.uint8)
+        absmax = torch.exp2(torch.empty(19, 16).uniform_(-24, 15)).to(scales)
+        absmax[3, 2] = 0.0
+        expected = reference.dequantize(qdata, absmax, code, 64, dtype)
+        out = aligned(torch.full((19, 1024), float("nan"), dtype=dtype))
+        run(2, [aligned(qdata), absmax, code, None, out], [0, 19, 19, 1024, 0, 1024, 6, 16])
+        assert torch.equal(out, expected)
+        ids = torch.tensor([3, 18, -1, 0])
+        rows = aligned(torch.empty(4, 1024, dtype=dtype))
+        run(1, [aligned(qdata), absmax, code, ids, rows], [1, 4, 19, 1024, 0, 1024, 6, 16])
+        assert torch.equal(rows[[0, 1, 3]], expected[[3, 18, 0]]) and torch.isnan(rows[2]).all()
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "kernel, dtype, scales, tokens, rows, columns, block, grid, bias, sizes",
+    [
+        ("linear_simt", 0, torch.float32, 1, 45, 1040, 64, 1, True, {"TOKENS": 1, "ROWS": 4, "DEPTH": 2}),
+        ("linear_simt", 1, torch.float16, 1, 37, 512, 32, 3, False, {"TOKENS": 1, "ROWS": 2, "DEPTH": 4}),
+        ("linear_simt", 2, torch.float16, 3, 64, 2064, 4096, 2, True, {"TOKENS": 4, "ROWS": 2, "DEPTH": 1}),
+        ("linear_mma", 2, torch.float16, 1, 50, 1040, 64, 2, True, {"M_TILES": 1, "N_TILES": 1}),
+        ("linear_mma", 1, torch.float32, 8, 90, 2560, 128, 2, False, {"M_TILES": 2, "N_TILES": 1}),
+        (
+            "linear_mma",
+            1,
+            torch.float16,
+            29,
+            70,
+            528,
+            16,
+            2,
+            True,
+            {"M_TILES": 1, "N_TILES": 4, "WARPS_M": 4},
+        ),
+    ],
+)
+def test_products_with_segments(
+    build, kernel, dtype, scales, tokens, rows, columns, block, grid, bias, sizes
+):
+    """Right, and bit for bit what the kernel for tables gives: a weight is the same number either way."""
+    sizes = {"X_TYPE": dtype, "SCALE": int(scales == torch.float16), "DEPTH": 2, **sizes}
+    for code in (segments(7), codebook.fit(torch.randn(64, 512), 64)):
+        x, qdata, absmax, bias_, out = check_linear(
+            build(kernel, **sizes, SEGMENTS=1), grid, list(TYPES)[dtype], tokens, rows, columns, block, scales,
+            bias, code,
+        )  # fmt: skip
+        table = torch.full_like(out, float("nan"))
+        integers = [tokens, rows, columns, block.bit_length() - 1, absmax.shape[1]]
+        build(kernel, **sizes)(grid, [x, qdata, absmax, code, bias_, table], integers)
+        assert torch.equal(out, table)
 
 
 WGMMA = {"X_TYPE": 2, "SCALE": 1, "TOKENS": 64, "DEPTH": 2, "STAGES": 4, "GROUPS": 1}
@@ -273,6 +363,7 @@ def forget() -> None:
 
 
 @needs_gxx
+@pytest.mark.parametrize("computed", [False, True])
 @pytest.mark.parametrize(
     "name, dtype, tokens",
     [
@@ -282,14 +373,14 @@ def forget() -> None:
         ("linear_mma", torch.float16, 70),
     ],
 )
-def test_launch_of_a_product(launchers, name, dtype, tokens):
-    code, rows, columns = codebook.dynamic(), 130, 528
-    qdata, absmax = packed(rows, columns, 64, torch.float16)
+def test_launch_of_a_product(launchers, name, dtype, tokens, computed):
+    code, rows, columns = segments() if computed else codebook.dynamic(), 130, 528
+    qdata, absmax = packed(rows, columns, 64, torch.float16, code)
     qdata, bias = aligned(qdata), torch.randn(rows).to(dtype)
     # Not aligned: the launcher has to copy it.
     x = aligned(torch.zeros(tokens * columns + 1)).to(dtype)[1:].normal_().view(tokens, columns)
     out = torch.full((tokens, rows), float("nan"), dtype=dtype)
-    launchers[name](x, qdata, absmax, code, 64, bias, out)
+    launchers[name](x, qdata, absmax, code, 64, bias, out, segments=computed)
     exact = torch.nn.functional.linear(
         x.double(), reference.dequantize(qdata, absmax, code, 64, torch.float32).double(), bias.double()
     )
@@ -297,16 +388,17 @@ def test_launch_of_a_product(launchers, name, dtype, tokens):
 
 
 @needs_gxx
-def test_launch_of_decoding(launchers):
-    code = codebook.dynamic()
-    qdata, absmax = packed(20, 528, 64, torch.float32)
+@pytest.mark.parametrize("computed", [False, True])
+def test_launch_of_decoding(launchers, computed):
+    code = segments() if computed else codebook.dynamic()
+    qdata, absmax = packed(20, 528, 64, torch.float32, code)
     qdata = aligned(qdata)
     expected = reference.dequantize(qdata, absmax, code, 64, torch.float16)
     for ids in (None, torch.tensor([4, 19, 4]), torch.tensor([0, 7], dtype=torch.int32)):
         wanted = expected if ids is None else expected[ids.long()]
         for first, width in ((0, 528), (256, 272)):
             out = aligned(torch.full((len(wanted), width), float("nan"), dtype=torch.float16))
-            launchers["decode_rows"](qdata, absmax, code, 64, ids, first, out)
+            launchers["decode_rows"](qdata, absmax, code, 64, ids, first, out, segments=computed)
             assert torch.equal(out, wanted[:, first : first + width])
 
 
@@ -324,6 +416,9 @@ def test_launch_of_decoding(launchers):
         ("linear_mma", "-DX_TYPE=1 -DSCALE=0 -DM_TILES=1 -DN_TILES=4 -DWARPS_M=4 -DDEPTH=2"),
         ("linear_mma", "-DX_TYPE=2 -DSCALE=1 -DM_TILES=2 -DN_TILES=8 -DWARPS_M=4 -DDEPTH=2"),
         ("decode_rows", "-DX_TYPE=2 -DSCALE=1 -DDEPTH=4"),
+        ("linear_simt", "-DX_TYPE=1 -DSCALE=1 -DTOKENS=1 -DROWS=4 -DDEPTH=2 -DSEGMENTS=1"),
+        ("linear_mma", "-DX_TYPE=1 -DSCALE=1 -DM_TILES=1 -DN_TILES=1 -DDEPTH=2 -DSEGMENTS=1"),
+        ("decode_rows", "-DX_TYPE=1 -DSCALE=0 -DDEPTH=4 -DSEGMENTS=1"),
         ("linear_wgmma", "-DX_TYPE=2 -DSCALE=1 -DTOKENS=64 -DDEPTH=1 -DSTAGES=4 -DGROUPS=2 -DWARPS=16"),
         ("linear_wgmma", "-DX_TYPE=1 -DSCALE=0 -DTOKENS=128 -DDEPTH=1 -DSTAGES=4 -DGROUPS=2 -DWARPS=16"),
         ("linear_wgmma", "-DX_TYPE=2 -DSCALE=1 -DTOKENS=256 -DDEPTH=2 -DSTAGES=3 -DGROUPS=1 -DWARPS=8"),
@@ -331,8 +426,8 @@ def test_launch_of_decoding(launchers):
 )
 def test_source_compiles_for_gpus(architecture, kernel, flags, tmp_path):
     """Every kernel compiles without warnings and without spilling registers to memory."""
-    if kernel == "linear_mma" and architecture == "sm_75":
-        pytest.skip("linear_mma is for sm_80 and later")
+    if kernel == "linear_mma" and architecture == "sm_75" and "-DX_TYPE=1" not in flags:
+        pytest.skip("bfloat16 on tensor cores is for sm_80 and later")
     if kernel == "linear_wgmma":
         if architecture != "sm_90":
             pytest.skip("linear_wgmma is for Hopper")

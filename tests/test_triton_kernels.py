@@ -26,11 +26,20 @@ def _repaired_interpreter():
         yield
 
 
-def packed(rows, columns, block, scales):
-    return (
-        *reference.quantize(torch.randn(rows, columns), codebook.dynamic(), block, scales),
-        codebook.dynamic(),
-    )
+def packed(rows, columns, block, scales, code=None):
+    code = codebook.dynamic() if code is None else code
+    return *reference.quantize(torch.randn(rows, columns), code, block, scales), code
+
+
+def segments():
+    """Sixteen lines on the finest grid."""
+    starts = torch.tensor([0, 60, 50, 40, 30, 20, 10, 5, 2, 5, 10, 20, 30, 40, 50, 60]).cumsum(0) * 31 - 12000
+    slopes = torch.tensor([61, 40, 51, 33, 17, 9, 8, 2, 3, 7, 18, 34, 56, 81, 77, 99])
+    return ((starts[:, None] + slopes[:, None] * torch.arange(16)).reshape(256) / 16384).float()
+
+
+def fitted():
+    return codebook.fit(torch.randn(64, 512), 64)
 
 
 def error(found, exact):
@@ -45,8 +54,8 @@ def limit(dtype, x, weight, bias, exact):
     return 1.1 * error(F.linear(x, weight.to(dtype), bias), exact) + 1e-6
 
 
-def check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias):
-    qdata, absmax, code = packed(rows, columns, block, scales)
+def check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias, code=None):
+    qdata, absmax, code = packed(rows, columns, block, scales, code)
     x = torch.randn(tokens, columns).to(dtype)
     bias = torch.randn(rows).to(dtype) if with_bias else None
     weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
@@ -59,7 +68,7 @@ def check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias):
     assert torch.equal(out, again)
 
 
-@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("way", ["load", "gather", "segments"])
 @pytest.mark.parametrize(
     "dtype, rows, columns, block, scales, with_bias",
     [
@@ -69,16 +78,17 @@ def check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias):
         (torch.float16, 8, 700, 96, torch.float32, False),  # blocks that are no power of two
     ],
 )
-def test_gemv(gather, dtype, rows, columns, block, scales, with_bias):
+def test_gemv(way, dtype, rows, columns, block, scales, with_bias):
     from octavo.ops.gpu.kernels.triton_gemv import gemv
 
     def run(*arguments):
-        gemv(*arguments, gather=gather)
+        gemv(*arguments, gather=way == "gather", segments=way == "segments")
 
-    check_linear(run, dtype, 1, rows, columns, block, scales, with_bias)
+    code = segments() if way == "segments" else None
+    check_linear(run, dtype, 1, rows, columns, block, scales, with_bias, code)
 
 
-@pytest.mark.parametrize("gather, split_k", [(False, 2), (True, 3)])
+@pytest.mark.parametrize("way, split_k", [("load", 2), ("gather", 3), ("segments", 2)])
 @pytest.mark.parametrize(
     "dtype, tokens, rows, columns, block, scales, with_bias",
     [
@@ -87,13 +97,14 @@ def test_gemv(gather, dtype, rows, columns, block, scales, with_bias):
         (torch.bfloat16, 33, 64, 512, 4096, torch.float32, False),
     ],
 )
-def test_gemm(gather, split_k, dtype, tokens, rows, columns, block, scales, with_bias):
+def test_gemm(way, split_k, dtype, tokens, rows, columns, block, scales, with_bias):
     from octavo.ops.gpu.kernels.triton_gemm import gemm
 
     def run(*arguments):
-        gemm(*arguments, gather=gather, split_k=split_k)
+        gemm(*arguments, gather=way == "gather", segments=way == "segments", split_k=split_k)
 
-    check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias)
+    code = segments() if way == "segments" else None
+    check_linear(run, dtype, tokens, rows, columns, block, scales, with_bias, code)
 
 
 def test_split_fills_the_gpu_and_keeps_splits_long():
@@ -106,6 +117,7 @@ def test_split_fills_the_gpu_and_keeps_splits_long():
             assert split_k == 1 or programs * split_k // 2 < WANTED_PROGRAMS
 
 
+@pytest.mark.parametrize("table", ["dynamic", "segments", "fitted"])
 @pytest.mark.parametrize(
     "dtype, columns, block",
     [
@@ -115,10 +127,14 @@ def test_split_fills_the_gpu_and_keeps_splits_long():
         (torch.bfloat16, 300, 64),
     ],
 )
-def test_decode_is_the_reference_bit_for_bit(dtype, columns, block):
+def test_decode_is_the_reference_bit_for_bit(dtype, columns, block, table):
     from octavo.ops import gpu
+    from octavo.ops.gpu import kinds
 
-    qdata, absmax, code = packed(11, columns, block, torch.float16)
+    code = {"dynamic": codebook.dynamic, "segments": segments, "fitted": fitted}[table]()
+    assert kinds.is_segments(code) == (table != "dynamic")
+    qdata, absmax, code = packed(11, columns, block, torch.float16, code)
+    qdata.view(-1)[:256] = torch.arange(256)
     expected = reference.dequantize(qdata, absmax, code, block, dtype)
     assert torch.equal(gpu.dequantize(qdata, absmax, code, block, dtype), expected)
     for kind in (torch.int64, torch.int32):
@@ -239,6 +255,93 @@ def test_panels_fill_the_gpu_within_bounds():
         assert step == total or step % 256 == 0
         assert step * other * 2 <= max(LARGEST_PANEL_BYTES, 256 * other * 2)
         assert -(-total // step) * step < total + 256 * -(-total // step)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Products of CPU tensors, as eager code asks for them, by the GPU's kernels in the interpreter; each decoding is noted."""
+    from octavo.ops import direct, gpu
+    from octavo.ops.gpu import choose
+    from octavo.ops.gpu.kernels import panels
+
+    monkeypatch.setattr(direct, "_linear", gpu.linear)
+    monkeypatch.setattr(direct, "_transposed", gpu.linear_transposed)
+    monkeypatch.setattr(direct.cpu, "AVAILABLE", True)
+    monkeypatch.setattr(panels.recomputed, "LIMIT", 512 << 20)
+    decoded = []
+
+    def decode(qdata, *rest):
+        decoded.append(qdata.numel())
+        choose.decode(qdata, *rest)
+
+    monkeypatch.setattr(panels, "decode", decode)
+    return decoded
+
+
+def checkpointed_step(matrices, x, checkpointing):
+    """A layer of two products, its gradient by x."""
+    from torch.utils.checkpoint import checkpoint
+
+    from octavo.ops import direct
+
+    def layer(x):
+        hidden = torch.relu(direct.linear(x, *matrices[0], 64))
+        return direct.linear(hidden, *matrices[1], 64) + x
+
+    x = x.clone().requires_grad_()
+    out = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
+    out.square().sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize(
+    "limit, decodings",
+    [
+        (512 << 20, 4),  # forward and recomputed; backward finds them
+        (4 * 64 * 32, 5),  # room for one of the two: the one that is needed first is kept last
+        (1, 6),
+    ],
+)
+def test_a_checkpointed_layer_decodes_twice_not_three_times(eager, monkeypatch, limit, decodings):
+    from octavo.ops.gpu.kernels import panels
+
+    monkeypatch.setattr(panels.recomputed, "LIMIT", limit)
+    matrices = [packed(32, 64, 64, torch.float16, segments()), packed(64, 32, 64, torch.float16)]
+    x = torch.randn(130, 64)
+    dense = [reference.dequantize(*matrix, 64, torch.float32) for matrix in matrices]
+    plain = x.clone().double().requires_grad_()
+    hidden = torch.relu(plain @ dense[0].double().T)
+    (hidden @ dense[1].double().T + plain).square().sum().backward()
+    for _ in range(2):
+        eager.clear()
+        found = checkpointed_step(matrices, x, checkpointing=True)
+        assert error(found, plain.grad) < 1e-5
+        assert len(eager) == decodings
+        assert not panels.recomputed._kept
+    # Without checkpoints nothing is recomputed, and nothing kept.
+    eager.clear()
+    assert error(checkpointed_step(matrices, x, checkpointing=False), plain.grad) < 1e-5
+    assert len(eager) == 4
+
+
+def test_what_no_backward_pass_asks_for_is_let_go_at_its_end(eager):
+    """A product whose input needs no gradient is recomputed too, and its backward pass never comes."""
+    from torch.utils.checkpoint import checkpoint
+
+    from octavo.ops import direct
+    from octavo.ops.gpu.kernels import panels
+
+    matrix = packed(32, 64, 64, torch.float16)
+    fixed, scale = torch.randn(130, 64), torch.randn(32, requires_grad=True)
+    seen = []
+
+    def layer(scale):
+        out = direct.linear(fixed, *matrix, 64)
+        seen.append(len(panels.recomputed._kept))
+        return out * scale
+
+    checkpoint(layer, scale, use_reentrant=False).sum().backward()
+    assert seen == [0, 1] and not panels.recomputed._kept
 
 
 def test_a_codebook_that_is_not_contiguous():

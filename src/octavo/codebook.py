@@ -82,7 +82,7 @@ def segments(code: torch.Tensor) -> Segments | None:
     values = code.detach().cpu().double().numpy()
     for exponent in range(11, 15):
         entries = values * (1 << exponent)
-        if np.array_equal(entries, np.rint(entries)) and np.abs(entries).max() <= 1 << 14:
+        if np.array_equal(entries, np.rint(entries)) and np.abs(entries).max() <= 1 << exponent:
             break
     else:
         return None

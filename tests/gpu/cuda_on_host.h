@@ -7,6 +7,7 @@
 #define OCTAVO_HOST
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -123,6 +124,19 @@ template <int B>
 static inline unsigned byte_of(unsigned q) {
     return (q >> (8 * B)) & 0xffu;
 }
+// PTX prmt.b32 in its default mode, for selectors without the sign's digit; dp2a.{lo, hi}.s32.u32.
+template <int SELECTOR>
+static inline unsigned permute(unsigned a, unsigned b) {
+    const unsigned long long bytes = (unsigned long long)b << 32 | a;
+    unsigned d = 0;
+    for (int i = 0; i < 4; i++) d |= (unsigned)(bytes >> 8 * (SELECTOR >> 4 * i & 7) & 0xff) << 8 * i;
+    return d;
+}
+template <int HALF>
+static inline unsigned dot_2(unsigned a, unsigned b, unsigned c) {
+    for (int i = 0; i < 2; i++) c += (int)(short)(a >> 16 * i) * (int)(b >> 8 * (2 * HALF + i) & 0xff);
+    return c;
+}
 template <class T>
 static inline T load_once(const T* p) {
     if ((size_t)p % sizeof(T)) abort();  // a misaligned load is an error on the device
@@ -142,6 +156,7 @@ static inline float element(unsigned pair, int which) {
     return bits_to_float((unsigned)h << 16);
 #endif
 }
+#ifndef HALF_STEPS
 static inline void mma(float c[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     int me = running, warp = me / 32 * 32, g = me % 32 / 4, t = me % 4;
     unsigned a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
@@ -158,4 +173,19 @@ static inline void mma(float c[4], unsigned a0, unsigned a1, unsigned a2, unsign
     }
     __syncwarp();
 }
+#else
+// mma.m16n8k8: of A (row g, k 2t), (row g + 8, k 2t), of B (k 2t, column g), of C as above.
+static inline void mma_8(float c[4], unsigned a0, unsigned a1, unsigned b) {
+    int me = running, warp = me / 32 * 32, g = me % 32 / 4, t = me % 4;
+    held_a[me][0] = a0, held_a[me][1] = a1, held_b[me][0] = b;
+    __syncwarp();
+    for (int e = 0; e < 4; e++) {
+        for (int k = 0; k < 8; k++) {
+            c[e] += element(held_a[warp + g * 4 + k / 2][e / 2], k % 2) *
+                    element(held_b[warp + (2 * t + e % 2) * 4 + k / 2][0], k % 2);
+        }
+    }
+    __syncwarp();
+}
+#endif
 #endif

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import octavo
 from octavo import codebook, ops
 from octavo.ops import gpu, reference
-from octavo.ops.gpu import choose, kernels, verify
+from octavo.ops.gpu import choose, kernels, kinds, verify
 from octavo.ops.gpu.kernel import Instance
 from octavo.ops.gpu.kernels import cuda_decode, cuda_simt, cuda_wgmma, panels
 
@@ -20,9 +21,9 @@ def has_bfloat16() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def packed(rows, columns, block, scales, device):
+def packed(rows, columns, block, scales, device, fitted=False):
     weight = torch.randn(rows, columns, device=device)
-    code = codebook.dynamic().to(device)
+    code = (codebook.fit(weight, block) if fitted else codebook.dynamic()).to(device)
     return (*reference.quantize(weight, code, block, scales), code)
 
 
@@ -41,13 +42,20 @@ def limit(dtype, x, weight, bias, exact):
     "rows, columns, block", [(1000, 4096, 64), (77, 11008, 128), (515, 1037, 32), (48, 2560, 4096)]
 )
 @pytest.mark.parametrize(
-    "name", [name for name, kernel in kernels.named().items() if kernel.operation == "linear"]
+    "name, segments",
+    [
+        (name, segments)
+        for name, kernel in kernels.named().items()
+        if kernel.operation == "linear"
+        for segments in ([False, True] if kernel.segmented else [False])
+    ],
 )
-def test_linear(name, rows, columns, block, device):
-    """Every type and number of tokens a kernel takes: the error, every element written, and the same bits twice."""
+def test_linear(name, segments, rows, columns, block, device):
+    """Every type and number of tokens a kernel takes: the error, every element written, and the same bits twice. A kernel that
+    computes a codebook of segments gives the bits that its table gives."""
     kernel, tried = kernels.named()[name], 0
     for scales in (torch.float16, torch.float32):
-        qdata, absmax, code = packed(rows, columns, block, scales, device)
+        qdata, absmax, code = packed(rows, columns, block, scales, device, segments)
         weight = reference.dequantize(qdata, absmax, code, block, torch.float32)
         for dtype, tokens in itertools.product(TYPES, (1, 2, 7, 8, 16, 31, 64, 128, 200)):
             call = choose.product(dtype, tokens, qdata, absmax, block)
@@ -61,8 +69,10 @@ def test_linear(name, rows, columns, block, device):
             bias = torch.randn(rows, device=device).to(dtype) if tokens % 2 else None
             exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
             outputs = [torch.full((tokens, rows), float("nan"), dtype=dtype, device=device) for _ in range(2)]
-            for out in outputs:
-                kernel.run(x, qdata, absmax, code, block, bias, out)
+            kernel.run(x, qdata, absmax, code, block, bias, outputs[0])
+            kernel.run(
+                x, qdata, absmax, code, block, bias, outputs[1], **({"segments": True} if segments else {})
+            )
             assert error(outputs[0], exact) <= limit(dtype, x, weight, bias, exact), (dtype, tokens, scales)
             assert torch.equal(*outputs), (dtype, tokens, scales)
     assert tried or (name.startswith("cuda") and (columns % 16 or not has_bfloat16()))
@@ -78,11 +88,19 @@ def test_copies_of_the_table_change_no_bit(copies, device):
     assert torch.equal(out, other)
 
 
+@pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows, columns, block", [(300, 4096, 64), (515, 1037, 32), (40, 330, 96)])
-def test_decoding_is_the_reference_bit_for_bit(dtype, rows, columns, block, device):
-    qdata, absmax, code = packed(rows, columns, block, torch.float16, device)
+def test_decoding_is_the_reference_bit_for_bit(dtype, rows, columns, block, fitted, device):
+    qdata, absmax, code = packed(rows, columns, block, torch.float16, device, fitted)
     expected = reference.dequantize(qdata, absmax, code, block, dtype)
+    if fitted:
+        for kernel in kernels.named().values():
+            call = choose.Call.on(qdata, dtype=dtype, block_size=block, segments=True)
+            if kernel.operation == "decode" and kernel.segmented and not kernel.unsupported_reason(call):
+                out = torch.full_like(expected, float("nan"))
+                kernel.run(qdata, absmax, code, block, None, 0, out, segments=True)
+                assert torch.equal(out, expected), kernel.name
     assert torch.equal(ops.dequantize(qdata, absmax, code, block, dtype), expected)
     for kind in (torch.int32, torch.int64):
         ids = torch.randint(0, rows, (3, 5), device=device, dtype=kind)
@@ -224,6 +242,16 @@ def test_no_large_float_copy_is_ever_held(device):
     taken = torch.cuda.max_memory_allocated() - before
     # The result and its gradient, 26 MB each, and panels; the matrix would be 413 MB in 16 bits.
     assert taken < 200 << 20, f"{taken / 2**20:.0f} MiB"
+
+
+def test_a_moved_codebook_is_known_and_the_choice_follows_it(device, no_waiting):
+    torch.cuda.set_sync_debug_mode("default")
+    weight = octavo.OctavoTensor.from_float(torch.randn(64, 512), dtype=torch.float16).to(device)
+    torch.cuda.set_sync_debug_mode("error")
+    # Noted on the host, before the move: asking does not wait for the device.
+    assert kinds.is_segments(weight.code)
+    torch.cuda.set_sync_debug_mode("default")
+    assert not kinds.is_segments(codebook.dynamic().to(device))
 
 
 def test_every_kernel_that_was_used_was_checked_and_none_refused(device):

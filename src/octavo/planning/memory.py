@@ -13,7 +13,9 @@ Example:
 
 import contextlib
 import copy
+import re
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -200,6 +202,18 @@ def _panel(model: nn.Module, tokens: int, dtype: torch.dtype, device: str) -> in
     return found
 
 
+def _kept_of_a_layer(model: nn.Module, dtype: torch.dtype) -> int:
+    """What a GPU keeps of a checkpointed layer's weights in floating point until its backward pass (`ops.gpu.recomputed`)."""
+    from ..ops.gpu.recomputed import LIMIT
+
+    layers: Counter[str] = Counter()
+    for name, weight in model.named_parameters():
+        numbered = re.match(r".*?\.\d+\.", name)
+        if isinstance(weight, OctavoTensor) and numbered:
+            layers[numbered.group()] += weight.numel() * dtype.itemsize
+    return min(LIMIT, max(layers.values(), default=0))
+
+
 def loading(
     config: Any, octavo_config: OctavoConfig, dtype: torch.dtype, *, quantized: bool, device: str = "cuda"
 ) -> Estimate:
@@ -298,6 +312,8 @@ def training(
     )
     estimate.parts["kept from forward to backward"] = kept
     estimate.parts["computing"] = bytes_.peak - kept
+    if device != "cpu" and recipe.gradient_checkpointing:
+        estimate.parts["weights of a recomputed layer, in float"] = _kept_of_a_layer(model, dtype)
     estimate.parts["a panel of weights, in float"] = _panel(model, batch_size * max_length, dtype, device)
     return estimate
 

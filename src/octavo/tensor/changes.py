@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..ops.gpu import kinds
 from .octavo_tensor import FROZEN, OctavoTensor, aten, count_fallback, handles
 
 
@@ -41,6 +42,7 @@ def copy_(target, source, non_blocking=False):
             target.absmax.copy_(source.absmax, non_blocking)
             if not same_code:
                 target.code.copy_(source.code, non_blocking)
+                kinds.forget()
             return target
     dense = source.decode(target.dtype) if isinstance(source, OctavoTensor) else source
     dense = torch.broadcast_to(dense, target.shape)

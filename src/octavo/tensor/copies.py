@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..ops.gpu import kinds
 from .gathering import called_by_fsdp
 from .octavo_tensor import OctavoTensor, aten, count_fallback, each, handles, like
 
@@ -35,11 +36,15 @@ def to_copy(
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
     # A device moves the bytes; a type only changes what is computed in. Scales and codes keep theirs.
-    return each(
+    moved = each(
         weight,
         lambda part: part.to(device=device, non_blocking=non_blocking, copy=True),
         dtype=dtype or weight.dtype,
     )
+    # Not of a tensor that only stands for one while something is traced.
+    if moved.code.is_cuda and type(weight.code) is torch.Tensor and not weight.code.is_meta:
+        kinds.carry(weight.code, moved.code)
+    return moved
 
 
 @handles(aten._pin_memory.default)

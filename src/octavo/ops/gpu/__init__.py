@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 
 from ..schema import implementation
-from . import choose, device, nvrtc, verify
+from . import choose, device, kinds, nvrtc, verify
 from .kernels import panels
 
 __all__ = ["dequantize", "embedding", "histogram", "linear", "linear_transposed", "quantize", "status"]
@@ -42,6 +42,11 @@ def _on_its_device(function: Callable) -> Callable:
     return run
 
 
+def _is_segments(code: torch.Tensor) -> bool:
+    # One that has to be copied for every call would have to be read back for every call.
+    return code.is_contiguous() and kinds.is_segments(code)
+
+
 @implementation("linear", "CUDA")
 @_on_its_device
 def linear(x, qdata, absmax, code, block_size, bias=None):
@@ -49,7 +54,8 @@ def linear(x, qdata, absmax, code, block_size, bias=None):
     rows, columns = qdata.shape
     dtype = x.dtype
     out = torch.empty((*x.shape[:-1], rows), dtype=dtype, device=x.device)
-    key = choose.bound_key(x, qdata, absmax, code, block_size, bias)
+    segments = _is_segments(code)
+    key = choose.bound_key(x, qdata, absmax, code, block_size, bias, segments)
     launch = choose.bound_linear(key) if key else None
     if launch is not None:
         launch(
@@ -67,7 +73,7 @@ def linear(x, qdata, absmax, code, block_size, bias=None):
     if bias is not None:
         bias = bias.to(dtype).contiguous()
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
-    kernel = choose.linear_kernel(dtype, x.shape[0], qdata, absmax, block_size)
+    kernel = choose.linear_kernel(dtype, x.shape[0], qdata, absmax, block_size, segments)
     kernel.run(x, qdata, absmax, code, block_size, bias, out.view(-1, rows))
     if key and qdata.is_cuda and not torch.cuda.is_current_stream_capturing():
         choose.bind_linear(key, kernel, x.shape[0], qdata, absmax)
@@ -85,8 +91,9 @@ def linear_transposed(x, qdata, absmax, code, block_size):
     if rows == 0:
         return out.zero_()
     x = x.reshape(-1, rows).contiguous()
+    segments = _is_segments(code)
     qdata, absmax, code = qdata.contiguous(), absmax.contiguous(), code.contiguous()
-    panels.linear_transposed(x, qdata, absmax, code, block_size, out.view(-1, columns))
+    panels.linear_transposed(x, qdata, absmax, code, block_size, out.view(-1, columns), segments=segments)
     return out
 
 
@@ -95,7 +102,10 @@ def linear_transposed(x, qdata, absmax, code, block_size):
 def dequantize(qdata, absmax, code, block_size, dtype):
     """`octavo.ops.dequantize`: → [N, K] in `dtype`."""
     out = torch.empty(qdata.shape, dtype=dtype, device=qdata.device)
-    choose.decode(qdata.contiguous(), absmax.contiguous(), code.contiguous(), block_size, None, 0, out)
+    segments = _is_segments(code)
+    choose.decode(
+        qdata.contiguous(), absmax.contiguous(), code.contiguous(), block_size, None, 0, out, segments
+    )
     return out
 
 
@@ -109,7 +119,10 @@ def embedding(ids, qdata, absmax, code, block_size, dtype):
     out = torch.empty((*ids.shape, qdata.shape[1]), dtype=dtype, device=qdata.device)
     flat = ids.reshape(-1).contiguous()
     rows = out.view(-1, qdata.shape[1]) if out.numel() else out
-    choose.decode(qdata.contiguous(), absmax.contiguous(), code.contiguous(), block_size, flat, 0, rows)
+    segments = _is_segments(code)
+    choose.decode(
+        qdata.contiguous(), absmax.contiguous(), code.contiguous(), block_size, flat, 0, rows, segments
+    )
     return out
 
 
@@ -141,9 +154,10 @@ def status(index: int | None = None) -> dict[str, object]:
         return {"active": "none", "reason": "this torch finds no GPU", "kernels": {}}
     where = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     dtype = torch.bfloat16 if device.capability_of(where) >= (8, 0) else torch.float16
-    qdata, absmax, code = verify.sample(1024, 64, torch.float16, where)
+    qdata, absmax, code = verify.sample(1024, 64, torch.float16, where, segments=True)
+    # As a file that Octavo writes has it; where that is not computed from segments, the table's kernels are what is checked.
     ranges = choose.ranges(
-        lambda tokens: choose.linear_kernel(dtype, tokens, qdata, absmax, 64),
+        lambda tokens: choose.linear_kernel(dtype, tokens, qdata, absmax, 64, True),
         (1, 2, 4, 8, 16, 32, 33, 64, 65, 128, 129, 256, 512, 513),
     )
     dequantize(qdata, absmax, code, 64, dtype)

@@ -57,8 +57,10 @@ def chosen(operation: str, call: Call) -> Kernel:
         if why_not:
             if os.environ.get(VARIABLE) == kernel.name:
                 _warn_once(f"octavo: {VARIABLE}={kernel.name} cannot run here: {why_not}")
-        elif verify.trusted(kernel, call):
-            return kernel
+        else:
+            for variant, its_call in kernel.variants(call):
+                if verify.trusted(variant, its_call):
+                    return variant
     raise AssertionError(f"no kernel takes every call of {operation}")
 
 
@@ -85,7 +87,7 @@ _decoders: dict[tuple, Kernel] = {}
 _bound: dict[tuple, Callable[..., None]] = {}
 
 
-def bound_key(x, qdata, absmax, code, block_size, bias) -> tuple | None:
+def bound_key(x, qdata, absmax, code, block_size, bias, segments: bool) -> tuple | None:
     """What the launch of `linear` depends on but for addresses, for tensors that CUDA kernels can take as they are."""
     dtype = x.dtype
     if (
@@ -96,7 +98,7 @@ def bound_key(x, qdata, absmax, code, block_size, bias) -> tuple | None:
         or (bias is not None and (bias.dtype != dtype or not bias.is_contiguous()))
     ):
         return None
-    return x.get_device(), dtype, absmax.dtype, x.numel(), qdata.shape, block_size
+    return x.get_device(), dtype, absmax.dtype, x.numel(), qdata.shape, block_size, segments
 
 
 def bound_linear(key: tuple) -> Callable[..., None] | None:
@@ -112,7 +114,7 @@ def bind_linear(key: tuple, kernel: Kernel, tokens: int, qdata, absmax) -> None:
             _bound[key] = run
 
 
-def product(dtype: torch.dtype, tokens: int, qdata, absmax, block_size: int) -> Call:
+def product(dtype: torch.dtype, tokens: int, qdata, absmax, block_size: int, segments: bool = False) -> Call:
     """The call that x [tokens, K] of a type makes with a matrix."""
     return Call.on(
         qdata,
@@ -122,10 +124,13 @@ def product(dtype: torch.dtype, tokens: int, qdata, absmax, block_size: int) -> 
         scales=absmax.dtype,
         aligned=qdata.data_ptr() % 16 == 0,
         contiguous=qdata.is_contiguous() and absmax.is_contiguous(),
+        segments=segments,
     )
 
 
-def linear_kernel(dtype: torch.dtype, tokens: int, qdata, absmax, block_size: int) -> Kernel:
+def linear_kernel(
+    dtype: torch.dtype, tokens: int, qdata, absmax, block_size: int, segments: bool = False
+) -> Kernel:
     """The kernel that computes `linear` for this many tokens of a type with this matrix."""
     # The tiling depends on the rows, the compiled instance on what the row length is a multiple of.
     key = (
@@ -137,21 +142,31 @@ def linear_kernel(dtype: torch.dtype, tokens: int, qdata, absmax, block_size: in
         qdata.shape,
         qdata.data_ptr() % 16,
         qdata.is_contiguous() and absmax.is_contiguous(),
+        segments,
     )
     kernel = _products.get(key)
     if kernel is None:
-        kernel = chosen("linear", product(dtype, tokens, qdata, absmax, block_size))
+        kernel = chosen("linear", product(dtype, tokens, qdata, absmax, block_size, segments))
         _remember(_products, key, kernel, qdata)
     return kernel
 
 
-def decode(qdata, absmax, code, block_size, ids, first_column, out) -> None:
+def decode(qdata, absmax, code, block_size, ids, first_column, out, segments: bool = False) -> None:
     """Rows of the matrix into `out`, contiguous, by the best kernel that can (`Kernel.run` of decode)."""
     if out.numel() == 0:
         return
     aligned = (qdata.data_ptr() | out.data_ptr() | out.shape[1] | first_column) % 16 == 0
     contiguous = qdata.is_contiguous() and absmax.is_contiguous()
-    key = (qdata.get_device(), out.dtype, absmax.dtype, block_size, qdata.shape[1], aligned, contiguous)
+    key = (
+        qdata.get_device(),
+        out.dtype,
+        absmax.dtype,
+        block_size,
+        qdata.shape[1],
+        aligned,
+        contiguous,
+        segments,
+    )
     kernel = _decoders.get(key)
     if kernel is None:
         if not qdata.is_cuda and not interpreted():
@@ -165,6 +180,7 @@ def decode(qdata, absmax, code, block_size, ids, first_column, out) -> None:
             scales=absmax.dtype,
             aligned=aligned,
             contiguous=contiguous,
+            segments=segments,
         )
         kernel = chosen("decode", call)
         _remember(_decoders, key, kernel, qdata)

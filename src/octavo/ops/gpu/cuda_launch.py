@@ -4,7 +4,7 @@ Functions here take contiguous tensors on one CUDA device and fill `out`.
 
 Example:
     >>> from octavo.ops.gpu import cuda_launch
-    >>> "linear_simt" in cuda_launch.source("common", "stream", "linear_simt")
+    >>> "linear_simt" in cuda_launch.source(*cuda_launch.COMMON, "linear_simt")
     True
 """
 
@@ -21,6 +21,14 @@ from .kernel import Call
 THREADS = 256
 WARPS = THREADS // 32
 SOURCES = Path(__file__).parent / "cuda"
+# Computing a codebook of segments takes 1.4 instructions per weight more than looking it up (2 where rows are written, 5 on 6.0,
+# which has no dp2a), and no room, where a table takes 32 KB of shared memory per block. So it may pay where a multiprocessor has
+# 100 KB at most and instructions are not the bound: on 6.0 they are, on 8.0 and 9.0 registers bound the blocks, and 9.0 was
+# measured with tables. Counted, not measured (benchmarks/gpu_code.py): one token of cuda_simt fits 2 to 3 blocks with a table
+# and 4 to 5 with segments, cuda_decode 2 to 3 and 4 to 6.
+SHARED_IS_SCARCE = {(6, 1), (7, 0), (7, 5), (8, 6), (8, 9), (12, 0)}
+# What every kernel's source starts with.
+COMMON = ("common", "table", "segments", "stream")
 # A matrix is tall if blocks of 32 rows give each multiprocessor two.
 TALL = 64
 # Row length of the matrix that CUDA kernels are checked on: instances are the same for all, and a partial last step shows more.
@@ -37,7 +45,7 @@ def source(*parts: str) -> str:
 def instance(name: str, device: int, parameters: tuple[tuple[str, int], ...]) -> nvrtc.Compiled:
     """The kernel compiled for one set of parameters and loaded on one device, once per process."""
     defines = tuple(f"-D{key}={value}" for key, value in parameters)
-    return nvrtc.load(source("common", "stream", name), name, defines, device)
+    return nvrtc.load(source(*COMMON, name), name, defines, device)
 
 
 def unsupported_reason(call: Call) -> str | None:
@@ -59,15 +67,21 @@ def unsupported_reason(call: Call) -> str | None:
 
 @functools.lru_cache(4096)
 def prepared(name: str, tiles: int, device: int, parameters: tuple) -> tuple[nvrtc.Compiled, int]:
-    """A kernel, and the blocks to launch: no more than run at once, since each fills a table of 32 KB first and then works
-    through its tiles."""
+    """A kernel, and the blocks to launch: no more than run at once, since each fills its table first (32 KB, or the lines of
+    segments) and then works through its tiles."""
     kernel = instance(name, device, parameters)
     return kernel, max(1, min(tiles, kernel.resident_blocks * multiprocessors(device)))
 
 
-def type_parameters(dtype: torch.dtype, scales: torch.dtype) -> tuple[tuple[str, int], ...]:
-    """The compile-time parameters that say the types of x (or of the rows wanted) and of absmax."""
-    return (("X_TYPE", DTYPE_CODES[dtype]), ("SCALE", int(scales == torch.float16)))
+def type_parameters(dtype: torch.dtype, scales: torch.dtype, segments: bool) -> tuple[tuple[str, int], ...]:
+    """The compile-time parameters that say the types of x (or of the rows wanted) and of absmax, and the kind of codebook."""
+    types = (("X_TYPE", DTYPE_CODES[dtype]), ("SCALE", int(scales == torch.float16)))
+    return (*types, ("SEGMENTS", 1)) if segments else types
+
+
+def segments_pay(call: Call) -> bool:
+    """Whether a kernel of which more blocks fit without a table should compute a codebook of segments."""
+    return call.capability in SHARED_IS_SCARCE
 
 
 def is_tall(rows: int, multiprocessors: int) -> bool:

@@ -13,8 +13,9 @@ Example:
     '9 tokens are more than 8'
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Call:
         tokens: rows of x.
         aligned: whether what is read and written starts at multiples of 16 bytes.
         contiguous: whether qdata and absmax are.
+        segments: whether the codebook consists of segments (`kinds`).
         capability, multiprocessors: of the device.
     """
 
@@ -47,6 +49,7 @@ class Call:
     tokens: int = 1
     aligned: bool = True
     contiguous: bool = True
+    segments: bool = False
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
 
@@ -74,12 +77,14 @@ class Instance:
         columns: row length of the matrix it is checked on.
         tokens: tokens it is compiled for.
         tuning: what else tells instances apart.
+        segments: it computes the codebook, and is checked on one of segments.
     """
 
     run: Any
     columns: int
     tokens: int = 1
     tuning: str = ""
+    segments: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class Kernel:
         instance: what is to be checked before a call; None for what is made of PyTorch's own operations.
         bind: the launch for a call's sizes, as a function of the addresses of x, qdata, absmax, code, bias (0: none) and out,
             or None where that takes more than one launch.
+        segmented: whether a call with a codebook of segments should be computed from the segments; then `run` takes
+            `segments=True`, and `instance` and `bind` go by the call's `segments`. None: it knows only tables.
     """
 
     name: str
@@ -108,3 +115,17 @@ class Kernel:
     place: Callable[[Call], int | None]
     instance: Callable[[Call], Instance] | None = None
     bind: Callable[[Call], Callable[..., None] | None] | None = None
+    segmented: Callable[[Call], bool] | None = None
+
+    def variants(self, call: Call) -> list[tuple["Kernel", Call]]:
+        """The ways in which it computes a call, best first: from the codebook's segments, and from its table."""
+        table = (self, replace(call, segments=False)) if call.segments else (self, call)
+        if self.segmented is None or not call.segments or not self.segmented(call):
+            return [table]
+        bind = self.bind
+        segmented = replace(
+            self,
+            run=functools.partial(self.run, segments=True),
+            bind=bind and (lambda call: bind(replace(call, segments=True))),
+        )
+        return [(segmented, call), table]

@@ -29,9 +29,10 @@ class CompilationFailed(RuntimeError):
 
 
 @functools.cache
-def _nvrtc() -> ctypes.CDLL:
-    """NVRTC: the one PyTorch has loaded or brought along, else the CUDA toolkit's."""
-    major = (torch.version.cuda or "13").split(".")[0]
+def _nvrtc(major: str | None = None) -> ctypes.CDLL:
+    """NVRTC of a major version of CUDA, PyTorch's by default: the one PyTorch has loaded or brought along, else the CUDA
+    toolkit's."""
+    major = major or (torch.version.cuda or "13").split(".")[0]
     names = []
     for folder in sys.path:
         names += sorted(glob.glob(os.path.join(folder, "nvidia", "*", "lib", f"libnvrtc.so.{major}*")))
@@ -107,19 +108,38 @@ def _check(result: int, what: str) -> None:
         raise CompilationFailed(f"{what} failed with CUDA error {result}: {reason}")
 
 
+def version(toolkit: str | None = None) -> str:
+    """Version of NVRTC, "12.9"."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc(toolkit).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def architectures(toolkit: str | None = None) -> list[int]:
+    """What NVRTC compiles for, as major * 10 + minor."""
+    count = ctypes.c_int()
+    _nvrtc(toolkit).nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    _nvrtc(toolkit).nvrtcGetSupportedArchs(found)
+    return list(found)
+
+
 @functools.cache
-def compile_source(source: str, architecture: int | str, defines: tuple[str, ...]) -> bytes:
+def compile_source(
+    source: str, architecture: int | str, defines: tuple[str, ...], toolkit: str | None = None
+) -> bytes:
     """Machine code of a CUDA source for one architecture.
 
     Args:
         source: CUDA C++ without includes.
         architecture: compute capability as major * 10 + minor, 90 for an H100; "90a" with what only that one has.
         defines: options such as "-DX_TYPE=1".
+        toolkit: major version of CUDA whose NVRTC compiles, "12"; by default PyTorch's.
 
     Raises:
         CompilationFailed: with NVRTC's log.
     """
-    nvrtc = _nvrtc()
+    nvrtc = _nvrtc(toolkit)
     program = ctypes.c_void_p()
     result = nvrtc.nvrtcCreateProgram(
         ctypes.byref(program), source.encode(), b"octavo_kernels.cu", 0, None, None

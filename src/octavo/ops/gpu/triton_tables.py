@@ -1,12 +1,13 @@
 """What the kernels in Triton share: de-quantizing a tile, code[q] * absmax for BLOCK_N rows and BLOCK_K columns.
 
-Triton places tables itself, so `cuda/common.cu`'s copy a bank cannot be said here. Two ways can:
+Triton places tables itself, so `cuda/table.cu`'s copy a bank cannot be said here. Three ways can:
 
     GATHER = False   a load from global memory; the 1 KB table stays in the L1 cache
     GATHER = True    `tl.gather` from a tile of 256 entries, which Triton keeps in shared memory, one copy
+    SEGMENTS = True  `tl.gather` from a tile of sixteen lines, each a word, and integer arithmetic as in `cuda/segments.cu`
 
 Example:
-    >>> table = load_table(code_ptr, GATHER)                       # inside a kernel  # doctest: +SKIP
+    >>> table = load_table(code_ptr, GATHER, SEGMENTS)             # inside a kernel  # doctest: +SKIP
     >>> weight = decode_tile(qdata_ptr, ..., table, n, start, ...)  # doctest: +SKIP
 """
 
@@ -38,9 +39,15 @@ def checked_columns(columns: int) -> int:
 
 
 @triton.jit
-def load_table(code_ptr, GATHER: tl.constexpr):
-    """The table as a tile, for GATHER; one entry otherwise, so that both ways are called alike."""
-    if GATHER:
+def load_table(code_ptr, GATHER: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The table as a tile, for GATHER; its sixteen lines, (base, slope) in 16 bits each, for SEGMENTS; one entry otherwise, so
+    that all ways are called alike."""
+    if SEGMENTS:
+        first = code_ptr + 16 * tl.arange(0, 16)
+        base = (tl.load(first) * 16384.0).to(tl.int32)
+        slope = (tl.load(first + 1) * 16384.0).to(tl.int32) - base
+        table = (base << 16) | slope
+    elif GATHER:
         table = tl.load(code_ptr + tl.arange(0, 256))
     else:
         table = tl.load(code_ptr + tl.arange(0, 1))
@@ -48,10 +55,15 @@ def load_table(code_ptr, GATHER: tl.constexpr):
 
 
 @triton.jit
-def look_up(q, table, code_ptr, GATHER: tl.constexpr):
+def look_up(q, table, code_ptr, GATHER: tl.constexpr, SEGMENTS: tl.constexpr):
     """code[q]: uint8 of any shape → float32 of that shape."""
     index = q.to(tl.int32)
-    if GATHER:
+    if SEGMENTS:
+        line = tl.reshape(tl.gather(table, tl.ravel(index >> 4), 0), index.shape)
+        entry = (line >> 16) + (line & 0xFFFF) * (index & 15)
+        # The bits of 1.5 2^23 + entry: conversion from integers is slower. All of this is exact.
+        values = (entry + 0x4B400000).to(tl.float32, bitcast=True) * (1.0 / 16384) - 768.0
+    elif GATHER:
         values = tl.reshape(tl.gather(table, tl.ravel(index), 0), index.shape)
     else:
         values = tl.load(code_ptr + index)
@@ -69,6 +81,7 @@ def decode_tile(
     blocks,
     BLOCK_SIZE: tl.constexpr,
     GATHER: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -88,7 +101,7 @@ def decode_tile(
         q = tl.load(q_rows + k[None, :])
     else:
         q = tl.load(q_rows + k[None, :], mask=valid, other=0)
-    values = look_up(q, table, code_ptr, GATHER)
+    values = look_up(q, table, code_ptr, GATHER, SEGMENTS)
     if BLOCK_SIZE % BLOCK_K == 0:
         weight = values * tl.load(absmax_rows + start // BLOCK_SIZE).to(tl.float32)
     elif BLOCK_K % BLOCK_SIZE == 0:

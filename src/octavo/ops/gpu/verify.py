@@ -48,6 +48,8 @@ def trusted(kernel: Kernel, call: Call) -> bool:
     instance = kernel.instance(call)
     numbers = f"{instance.tokens} tokens" if kernel.operation == "linear" else ""
     parts = (str(call.dtype), str(call.scales), numbers, f"block {call.block_size}", instance.tuning)
+    if instance.segments:
+        parts += ("segments",)
     key = (kernel.name, str(call.device), *filter(None, parts), f"columns {instance.columns}")
     found = _verdicts.get(key)
     if found is None:
@@ -59,7 +61,7 @@ def trusted(kernel: Kernel, call: Call) -> bool:
                 stacklevel=2,
             )
             return False
-        types = (call.block_size, call.dtype, call.scales, call.device)
+        types = (call.block_size, call.dtype, call.scales, call.device, instance.segments)
 
         def check() -> str:
             if kernel.operation == "linear":
@@ -90,19 +92,26 @@ def _check(key: tuple, check: Callable[[], str]) -> tuple[bool, str]:
     return found
 
 
-def sample(columns: int, block_size: int, scales: torch.dtype, device: torch.device):
-    """A small random matrix: qdata, absmax, code. The user's random numbers stay as they are."""
+def sample(columns: int, block_size: int, scales: torch.dtype, device: torch.device, segments: bool = False):
+    """A small random matrix: qdata, absmax, code, of segments or not. The user's random numbers stay as they are."""
     generator = torch.Generator().manual_seed(0)
     qdata = torch.randint(0, 256, (ROWS, columns), dtype=torch.uint8, generator=generator)
     absmax = torch.rand(ROWS, blocks_per_row(columns, block_size), generator=generator) + 0.5
     code = torch.randn(256, generator=generator).sort().values
     code = code / code.abs().max()
+    if segments:
+        # Lines of the finest grid and any slope up to the steepest that lets sixteen of them fill [-1, 1].
+        slopes = torch.randint(0, 128, (16, 1), generator=generator)
+        rising = slopes * torch.arange(16) + 16 * (slopes.cumsum(0) - slopes)
+        code = ((rising.reshape(256) - 16384) / 16384).to(torch.float32)
     return qdata.to(device), absmax.to(scales).to(device), code.to(device)
 
 
-def check_linear(run: Callable, tokens: int, columns: int, block_size, dtype, scales, device) -> str:
+def check_linear(
+    run: Callable, tokens: int, columns: int, block_size, dtype, scales, device, segments=False
+) -> str:
     """Compare run(x, qdata, absmax, code, block_size, bias, out) with float64 and PyTorch's own error."""
-    qdata, absmax, code = sample(columns, block_size, scales, device)
+    qdata, absmax, code = sample(columns, block_size, scales, device, segments)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, columns, generator=generator).to(dtype).to(device)
     bias = torch.randn(ROWS, generator=generator).to(dtype).to(device)
@@ -118,9 +127,9 @@ def check_linear(run: Callable, tokens: int, columns: int, block_size, dtype, sc
     return f"error {error:.1e} (PyTorch's own {naive:.1e})"
 
 
-def check_decode(run: Callable, columns: int, block_size, dtype, scales, device) -> str:
+def check_decode(run: Callable, columns: int, block_size, dtype, scales, device, segments=False) -> str:
     """Compare run(qdata, absmax, code, block_size, ids, first_column, out) with the reference, bitwise."""
-    qdata, absmax, code = sample(columns, block_size, scales, device)
+    qdata, absmax, code = sample(columns, block_size, scales, device, segments)
     expected = reference.dequantize(qdata, absmax, code, block_size, dtype)
     ids = torch.tensor([3, ROWS - 1, 0, 3], device=device)
     for rows, first, width in ((None, 0, columns), (ids, 0, columns), (None, 512, 512)):

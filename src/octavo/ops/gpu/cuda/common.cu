@@ -1,7 +1,8 @@
-// CUDA kernels for what Triton cannot express: a look-up table with one copy per shared-memory bank.
+// CUDA kernels for what Triton cannot express: a look-up table with one copy per shared-memory bank, or a codebook of
+// segments computed in integers.
 //
-// Compiled at run time, without any header: this file, then stream.cu, then the kernel's own. Every kernel reads a
-// quantized matrix
+// Compiled at run time, without any header: this file, then table.cu or segments.cu (which one, SEGMENTS says), stream.cu, and
+// the kernel's own. Every kernel reads a quantized matrix
 //
 //     qdata uint8 [rows, columns], absmax [rows, ceil(columns / block)], code float32 [256]
 //     weight[n, k] = code[qdata[n, k]] * absmax[n, k / block]         (float32, one rounding)
@@ -12,6 +13,7 @@
 // Parameters, given with -D:
 //     X_TYPE   0 float32, 1 float16, 2 bfloat16: type of the input and the output
 //     SCALE    0 float32, 1 float16: type of absmax
+//     SEGMENTS 1: the codebook is sixteen segments (docs/FORMAT.md); 0, the default: any table
 //     COPIES   of the table in shared memory: 1, 2, ... 32 (the default, free of bank conflicts)
 //     TOKENS, ROWS       linear_simt: tokens at most, rows a warp
 //     M_TILES, N_TILES, WARPS_M   linear_mma: 16-row tiles a warp, 8-token tiles, groups of warps
@@ -22,8 +24,8 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
 
-#ifndef COPIES
-#define COPIES 32
+#ifndef SEGMENTS
+#define SEGMENTS 0
 #endif
 #ifndef WARPS
 #define WARPS 8
@@ -55,6 +57,29 @@ __device__ __forceinline__ u32 byte_of(u32 q) {
     u32 d;
     asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(q), "n"(0x4440 + B));
     return d;
+}
+// Bytes of a (numbers 0 to 3) and b (4 to 7), by the four digits of SELECTOR, the last one for the lowest byte.
+template <int SELECTOR>
+__device__ __forceinline__ u32 permute(u32 a, u32 b) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(SELECTOR));
+    return d;
+}
+// The two signed 16-bit halves of a times two unsigned bytes of b, the lower two or (HALF) the upper, added to c.
+template <int HALF>
+__device__ __forceinline__ u32 dot_2(u32 a, u32 b, u32 c) {
+#if __CUDA_ARCH__ >= 610
+    u32 d;
+    if (HALF) {
+        asm("dp2a.hi.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    } else {
+        asm("dp2a.lo.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    }
+    return d;
+#else
+    const u32 bytes = b >> (16 * HALF);
+    return (short)a * (int)(bytes & 0xffu) + ((int)a >> 16) * (int)(bytes >> 8 & 0xffu) + c;
+#endif
 }
 // Weights are read once: where that can be said (sm_70) they bypass L1, which then keeps the input.
 #if __CUDA_ARCH__ >= 700
@@ -135,60 +160,4 @@ __device__ __forceinline__ void load_x(const scalar* p, float x[4]) {
     x[2] = widen((scalar)(v.y & 0xffffu));
     x[3] = widen((scalar)(v.y >> 16));
 #endif
-}
-
-// ---- the look-up ---------------------------------------------------------------------------------------------
-//
-// Shared memory has 32 banks of 4 bytes. With 32 copies, entry i of copy c lies at word 32 i + c, which is bank c
-// whatever i is; lane l reads copy l, so the lanes of a warp never meet. A lane's address is then its own base plus
-// 128 i: one instruction takes the byte out of its word, one multiplies and adds.
-
-#ifndef OCTAVO_HOST
-typedef u32 table_ref;  // an address in shared memory
-__device__ __forceinline__ float entry(table_ref mine, u32 i) {
-    float f;
-    asm("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(mine + i * (4 * COPIES)));
-    return f;
-}
-#else
-typedef const float* table_ref;
-__device__ __forceinline__ float entry(table_ref mine, u32 i) { return mine[i * COPIES]; }
-#endif
-
-#define DECLARE_TABLE __shared__ __align__(16) float table[256 * COPIES]
-
-// Fills the table (every thread of the block must call it) and returns this lane's copy.
-__device__ __forceinline__ table_ref fill_table(float* table, const float* code) {
-    // A thread copies one entry. It starts with its lane's copy: so a warp's stores go to different banks.
-    const int i = threadIdx.x % 256;
-    const float value = code[i];
-#pragma unroll
-    for (int c = 0; c < COPIES; c++) table[i * COPIES + (c + threadIdx.x) % COPIES] = value;
-    __syncthreads();
-    const float* mine = table + threadIdx.x % COPIES;
-#ifdef OCTAVO_HOST
-    return mine;
-#else
-    // Made here, behind the barrier, and opaque: no look-up can move in front of it, and the compiler does not take
-    // the address apart again.
-    u32 address = (u32)__cvta_generic_to_shared(mine), made;
-    asm volatile("mov.u32 %0, %1;" : "=r"(made) : "r"(address) : "memory");
-    return made;
-#endif
-}
-
-// The four code entries that the bytes of q index, lowest byte first, from this lane's copy of the table.
-__device__ __forceinline__ void look_up(u32 q, table_ref mine, float w[4]) {
-    w[0] = entry(mine, byte_of<0>(q));
-    w[1] = entry(mine, byte_of<1>(q));
-    w[2] = entry(mine, byte_of<2>(q));
-    w[3] = entry(mine, byte_of<3>(q));
-}
-
-// The four weights of q, rounded to the input's 16-bit type, in two packed pairs.
-__device__ __forceinline__ void decode_4(u32 q, float scale, table_ref mine, u32& first, u32& second) {
-    float w[4];
-    look_up(q, mine, w);
-    first = pack(multiply(w[0], scale), multiply(w[1], scale));
-    second = pack(multiply(w[2], scale), multiply(w[3], scale));
 }

@@ -4,10 +4,11 @@
 
 __device__ __forceinline__ void store_8(uint2 q, float scale, table_ref mine, scalar* to) {
     float w[8];
+    const scale_form form = formed(scale);
     look_up(q.x, mine, w);
     look_up(q.y, mine, w + 4);
 #pragma unroll
-    for (int i = 0; i < 8; i++) w[i] = multiply(w[i], scale);
+    for (int i = 0; i < 8; i++) w[i] = weight(w[i], form);
 #if X_TYPE == 0
     ((uint4*)to)[0] = make_uint4(float_to_bits(w[0]), float_to_bits(w[1]), float_to_bits(w[2]), float_to_bits(w[3]));
     ((uint4*)to)[1] = make_uint4(float_to_bits(w[4]), float_to_bits(w[5]), float_to_bits(w[6]), float_to_bits(w[7]));

@@ -1,4 +1,5 @@
-// Linear, 1 to 64 tokens, on tensor cores (sm_80 and later; float16 and bfloat16), with mma.m16n8k16.
+// Linear, 1 to 64 tokens, on tensor cores, with mma.m16n8k16 (sm_80 and later; float16 and bfloat16) or with two mma.m16n8k8 in its
+// place (sm_75; float16).
 //
 // A block computes HEIGHT = 16 * M_TILES * WARPS_M rows for 8 * N_TILES tokens. Its 8 warps are WARPS_M groups, each with
 // rows of its own; the WARPS_K warps of a group share out the columns, 64 at a time. A product does not care in which
@@ -11,8 +12,17 @@
 // At the end of a tile the sums of a group's warps are added, always in the warps' order.
 
 #ifndef OCTAVO_HOST
+#if __CUDA_ARCH__ < 800
+#define HALF_STEPS
+__device__ __forceinline__ void mma_8(float c[4], u32 a0, u32 a1, u32 b) {
+#if __CUDA_ARCH__ >= 750
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+#endif
+}
+#else
 __device__ __forceinline__ void mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32."
 #if X_TYPE == 1
         "f16.f16"
@@ -22,7 +32,14 @@ __device__ __forceinline__ void mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, 
         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 #endif
+#endif
+#ifdef HALF_STEPS
+// The first two operands of the larger instruction are its first eight columns, laid out as the smaller has them; so are the others.
+__device__ __forceinline__ void mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    mma_8(c, a0, a1, b0);
+    mma_8(c, a2, a3, b1);
 }
 #endif
 
@@ -83,8 +100,8 @@ linear_mma(const scalar* __restrict__ x, const u8* __restrict__ qdata, const sca
                     }
 #pragma unroll
                     for (int m = 0; m < M_TILES; m++) {
-                        float upper = scale_value(held[d].scale[2 * m]);
-                        float lower = scale_value(held[d].scale[2 * m + 1]);
+                        const scale_form upper = formed(scale_value(held[d].scale[2 * m]));
+                        const scale_form lower = formed(scale_value(held[d].scale[2 * m + 1]));
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
                             u32 a0, a1, a2, a3;

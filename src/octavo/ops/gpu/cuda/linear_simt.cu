@@ -28,9 +28,9 @@ linear_simt(const scalar* __restrict__ x, const u8* __restrict__ qdata, const sc
         for (int c = lane * 16; c < groups * DEPTH * 512;) {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++, c += 512) {
-                float scale[ROWS];
+                scale_form scale[ROWS];
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) scale[r] = scale_value(held[d].scale[r]);
+                for (int r = 0; r < ROWS; r++) scale[r] = formed(scale_value(held[d].scale[r]));
                 if (c < columns) {
                     const scalar* from = x + c;
 #pragma unroll
@@ -47,9 +47,9 @@ linear_simt(const scalar* __restrict__ x, const u8* __restrict__ qdata, const sc
                             look_up(word(held[d].q[r], j), mine, w);
 #pragma unroll
                             for (int i = 0; i < 4; i++) {
-                                float weight = multiply(w[i], scale[r]);
+                                const float one = weight(w[i], scale[r]);
 #pragma unroll
-                                for (int t = 0; t < TOKENS; t++) sum[t][r] += weight * xs[t][i];
+                                for (int t = 0; t < TOKENS; t++) sum[t][r] += one * xs[t][i];
                             }
                         }
                     }

@@ -102,7 +102,7 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 
 // One step's 64 columns of this lane's two rows, for four instructions.
 __device__ __forceinline__ void decode_step(const Step<2>& held, table_ref mine, u32 a[4][4]) {
-    const float upper = scale_value(held.scale[0]), lower = scale_value(held.scale[1]);
+    const scale_form upper = formed(scale_value(held.scale[0])), lower = formed(scale_value(held.scale[1]));
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         decode_4(word(held.q[0], j), upper, mine, a[j][0], a[j][2]);

@@ -50,3 +50,11 @@ struct Stream {
 __device__ __forceinline__ u32 word(const uint4& v, int j) {
     return j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
 }
+
+// The four weights of q, rounded to the input's 16-bit type, in two packed pairs.
+__device__ __forceinline__ void decode_4(u32 q, scale_form scale, table_ref mine, u32& first, u32& second) {
+    float w[4];
+    look_up(q, mine, w);
+    first = pack(weight(w[0], scale), weight(w[1], scale));
+    second = pack(weight(w[2], scale), weight(w[3], scale));
+}

@@ -9,21 +9,40 @@ import functools
 
 import torch
 
-from ..cuda_launch import CHECKED_COLUMNS, THREADS, WARPS, prepared, type_parameters, unsupported_reason
+from ..cuda_launch import (
+    CHECKED_COLUMNS,
+    THREADS,
+    WARPS,
+    prepared,
+    segments_pay,
+    type_parameters,
+    unsupported_reason,
+)
 from ..kernel import Call, Instance, Kernel
 
 DEPTH = 4
 
 
 @functools.lru_cache(4096)
-def compiled(count, device, dtype, scales, depth, extra):
+def compiled(count, device, dtype, scales, depth, extra, segments=False):
     """The instance for this many rows and these types, and the blocks to launch."""
-    parameters = (*type_parameters(dtype, scales), ("DEPTH", depth), *extra)
+    parameters = (*type_parameters(dtype, scales, segments), ("DEPTH", depth), *extra)
     return prepared("decode_rows", -(-count // WARPS), device, parameters)
 
 
 def decode(
-    qdata, absmax, code, block_size, ids, first_column, out, *, depth=DEPTH, grid=None, extra=()
+    qdata,
+    absmax,
+    code,
+    block_size,
+    ids,
+    first_column,
+    out,
+    *,
+    depth=DEPTH,
+    grid=None,
+    extra=(),
+    segments=False,
 ) -> None:
     """Rows of the matrix in floating point into out [count, width], from `first_column` on.
 
@@ -31,10 +50,11 @@ def decode(
         ids: int32 or int64 [count], the rows wanted, or None for all. A row that does not exist becomes NaN.
         first_column: a multiple of 16; so is out's width.
         out: contiguous, of the type wanted.
+        segments: the codebook consists of segments and is computed, not looked up.
     """
     rows, columns = qdata.shape
     count, width = out.shape
-    kernel, blocks = compiled(count, out.get_device(), out.dtype, absmax.dtype, depth, tuple(extra))
+    kernel, blocks = compiled(count, out.get_device(), out.dtype, absmax.dtype, depth, tuple(extra), segments)
     kernel.launch(
         grid or blocks,
         THREADS,
@@ -55,7 +75,8 @@ def decode(
 
 
 def _instance(call: Call) -> Instance:
-    return Instance(decode, CHECKED_COLUMNS)
+    run = functools.partial(decode, segments=call.segments)
+    return Instance(run, CHECKED_COLUMNS, segments=call.segments)
 
 
 KERNEL = Kernel(
@@ -66,4 +87,5 @@ KERNEL = Kernel(
     unsupported_reason=unsupported_reason,
     place=lambda call: 10,
     instance=_instance,
+    segmented=segments_pay,
 )

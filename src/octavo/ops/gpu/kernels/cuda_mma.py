@@ -16,13 +16,16 @@ from ..cuda_launch import (
     is_tall,
     launch_product,
     prepared,
+    segments_pay,
     type_parameters,
     unsupported_reason,
 )
 from ..device import multiprocessors
 from ..kernel import Call, Instance, Kernel
 
-CAPABILITY = (8, 0)
+# From here on for float16; bfloat16 needs the second.
+CAPABILITY = (7, 5)
+BFLOAT16_CAPABILITY = (8, 0)
 # Tokens at most -> (16-row tiles per warp, groups of warps with rows of their own, depth), where that leaves each multiprocessor
 # two blocks or more, and where not. The second has fewer groups if a multiprocessor would get no block. Measured on an H100 in
 # bfloat16 (part "settings" of benchmarks.gpu), microseconds for 4096 x 4096, 16384 x 4096, 4096 x 16384:
@@ -59,16 +62,18 @@ def tiling_for(tokens: int, rows: int, multiprocessors: int) -> tuple[int, int, 
 
 
 @functools.lru_cache(4096)
-def compiled(tokens, rows, device, dtype, scales, tiling=None, extra=()):
+def compiled(tokens, rows, device, dtype, scales, tiling=None, extra=(), segments=False):
     """The instance for these sizes and types, and the blocks to launch."""
     n_tiles = next(n for n in (1, 2, 4, 8) if 8 * n >= tokens)
     m_tiles, groups, depth = tiling or tiling_for(tokens, rows, multiprocessors(device))
     tiles = -(-rows // (16 * m_tiles * groups))
     parameters = (("M_TILES", m_tiles), ("N_TILES", n_tiles), ("WARPS_M", groups), ("DEPTH", depth), *extra)
-    return prepared("linear_mma", tiles, device, type_parameters(dtype, scales) + parameters)
+    return prepared("linear_mma", tiles, device, type_parameters(dtype, scales, segments) + parameters)
 
 
-def linear(x, qdata, absmax, code, block_size, bias, out, *, tiling=None, grid=None, extra=()) -> None:
+def linear(
+    x, qdata, absmax, code, block_size, bias, out, *, tiling=None, grid=None, extra=(), segments=False
+) -> None:
     """x [tokens, K] Wᵀ + bias into out [tokens, N], for 1 to 256 tokens of float16 or bfloat16.
 
     The matrix is read once for each 64 tokens.
@@ -77,21 +82,21 @@ def linear(x, qdata, absmax, code, block_size, bias, out, *, tiling=None, grid=N
         bias: [N] of x's type, or None.
         tiling, grid: tuning; by default `tiling_for`, and as many blocks as run at once.
         extra: further compile-time parameters, (("COPIES", 8),) for instance.
+        segments: the codebook consists of segments and is computed, not looked up.
     """
     for start in range(0, x.shape[0], TOKENS):
         part = x[start : start + TOKENS]
-        kernel, blocks = compiled(
-            part.shape[0], qdata.shape[0], x.get_device(), x.dtype, absmax.dtype, tiling, tuple(extra)
-        )
+        sizes = part.shape[0], qdata.shape[0], x.get_device(), x.dtype, absmax.dtype
+        kernel, blocks = compiled(*sizes, tiling, tuple(extra), segments)
         rows = out[start : start + TOKENS]
         launch_product(kernel, grid or blocks, part, qdata, absmax, code, block_size, bias, rows)
 
 
 def _unsupported_reason(call: Call) -> str | None:
-    if call.dtype == torch.float32 or call.capability < CAPABILITY:
-        return (
-            unsupported_reason(call)
-            or "tensor cores take float16 and bfloat16, from compute capability 8.0 on"
+    least = BFLOAT16_CAPABILITY if call.dtype == torch.bfloat16 else CAPABILITY
+    if call.dtype == torch.float32 or call.capability < least:
+        return unsupported_reason(call) or (
+            "tensor cores take float16 from compute capability 7.5 on, and bfloat16 from 8.0 on"
         )
     if call.tokens > MOST_TOKENS:
         return f"{call.tokens} tokens are more than {MOST_TOKENS}"
@@ -107,13 +112,20 @@ def _instance(call: Call) -> Instance:
     # The matrix of a check is small: with the call's own tiling, and as many tokens as that instance takes.
     tokens = next((t for t in (1, 2, 4, 8, 16, 32, 64, 128) if t >= call.tokens), MOST_TOKENS)
     tiling = tiling_for(min(tokens, TOKENS), call.rows, call.multiprocessors)
-    return Instance(functools.partial(linear, tiling=tiling), CHECKED_COLUMNS, tokens, f"tiling {tiling}")
+    run = functools.partial(linear, tiling=tiling, segments=call.segments)
+    return Instance(run, CHECKED_COLUMNS, tokens, f"tiling {tiling}", call.segments)
+
+
+def _segmented(call: Call) -> bool:
+    # One block fits with a table on 7.5, two with segments; from 8.0 on registers bound the blocks of tall tilings either way.
+    return call.capability < BFLOAT16_CAPABILITY and segments_pay(call)
 
 
 def _bind(call: Call):
     if call.tokens > TOKENS:
         return None
-    return bind_product(compiled(call.tokens, call.rows, call.device.index, call.dtype, call.scales), call)
+    sizes = call.tokens, call.rows, call.device.index, call.dtype, call.scales
+    return bind_product(compiled(*sizes, segments=call.segments), call)
 
 
 KERNEL = Kernel(
@@ -125,4 +137,5 @@ KERNEL = Kernel(
     place=_place,
     instance=_instance,
     bind=_bind,
+    segmented=_segmented,
 )

@@ -15,6 +15,7 @@ from ..cuda_launch import (
     is_tall,
     launch_product,
     prepared,
+    segments_pay,
     type_parameters,
     unsupported_reason,
 )
@@ -40,27 +41,28 @@ def tiling_for(tokens: int, rows: int, multiprocessors: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(4096)
-def compiled(tokens, rows, device, dtype, scales, tiling=None, extra=()):
+def compiled(tokens, rows, device, dtype, scales, tiling=None, extra=(), segments=False):
     """The instance for these sizes and types, and the blocks to launch."""
     each, depth = tiling or tiling_for(tokens, rows, multiprocessors(device))
     tokens = next(t for t in TILINGS if t >= tokens)
     parameters = (("TOKENS", tokens), ("ROWS", each), ("DEPTH", depth), *extra)
-    return prepared(
-        "linear_simt", -(-rows // (each * WARPS)), device, type_parameters(dtype, scales) + parameters
-    )
+    types = type_parameters(dtype, scales, segments)
+    return prepared("linear_simt", -(-rows // (each * WARPS)), device, types + parameters)
 
 
-def linear(x, qdata, absmax, code, block_size, bias, out, *, tiling=None, grid=None, extra=()) -> None:
+def linear(
+    x, qdata, absmax, code, block_size, bias, out, *, tiling=None, grid=None, extra=(), segments=False
+) -> None:
     """x [tokens, K] Wᵀ + bias into out [tokens, N], for 1 to 8 tokens of any type.
 
     Args:
         bias: [N] of x's type, or None.
         tiling, grid: tuning; by default `tiling_for`, and as many blocks as run at once.
         extra: further compile-time parameters, (("COPIES", 8),) for instance.
+        segments: the codebook consists of segments and is computed, not looked up.
     """
-    kernel, blocks = compiled(
-        x.shape[0], qdata.shape[0], x.get_device(), x.dtype, absmax.dtype, tiling, tuple(extra)
-    )
+    sizes = x.shape[0], qdata.shape[0], x.get_device(), x.dtype, absmax.dtype
+    kernel, blocks = compiled(*sizes, tiling, tuple(extra), segments)
     launch_product(kernel, grid or blocks, x, qdata, absmax, code, block_size, bias, out)
 
 
@@ -81,11 +83,18 @@ def _place(call: Call) -> int | None:
 def _instance(call: Call) -> Instance:
     tokens = next(most for most in TILINGS if call.tokens <= most)
     tiling = tiling_for(tokens, call.rows, call.multiprocessors)
-    return Instance(functools.partial(linear, tiling=tiling), CHECKED_COLUMNS, tokens, f"tiling {tiling}")
+    run = functools.partial(linear, tiling=tiling, segments=call.segments)
+    return Instance(run, CHECKED_COLUMNS, tokens, f"tiling {tiling}", call.segments)
+
+
+def _segmented(call: Call) -> bool:
+    # With more tokens registers bound the blocks either way.
+    return call.tokens == 1 and segments_pay(call)
 
 
 def _bind(call: Call):
-    return bind_product(compiled(call.tokens, call.rows, call.device.index, call.dtype, call.scales), call)
+    sizes = call.tokens, call.rows, call.device.index, call.dtype, call.scales
+    return bind_product(compiled(*sizes, segments=call.segments), call)
 
 
 KERNEL = Kernel(
@@ -97,4 +106,5 @@ KERNEL = Kernel(
     place=_place,
     instance=_instance,
     bind=_bind,
+    segmented=_segmented,
 )

@@ -14,11 +14,20 @@ import functools
 import torch
 
 from .. import nvrtc
-from ..cuda_launch import CHECKED_COLUMNS, THREADS, WARPS, source, type_parameters, unsupported_reason
+from ..cuda_launch import (
+    CHECKED_COLUMNS,
+    COMMON,
+    THREADS,
+    WARPS,
+    segments_pay,
+    source,
+    type_parameters,
+    unsupported_reason,
+)
 from ..device import multiprocessors
 from ..kernel import Call, Instance, Kernel
 
-SOURCE = ("common", "stream", "wgmma", "linear_wgmma")
+SOURCE = (*COMMON, "wgmma", "linear_wgmma")
 CAPABILITY = (9, 0)
 ROWS = 128
 COLUMNS = 64
@@ -45,13 +54,22 @@ UP_TO_TOKENS = ((1 << 22, 128), (1 << 24, 256), (1 << 62, 512))
 
 
 @functools.lru_cache(1024)
-def _compiled(name, device, dtype, scales, tile, depth, stages, groups) -> nvrtc.Compiled:
-    parameters = (*type_parameters(dtype, scales), ("TOKENS", tile), ("DEPTH", depth), ("STAGES", stages))
+def _compiled(name, device, dtype, scales, segments, tile, depth, stages, groups) -> nvrtc.Compiled:
+    parameters = (
+        *type_parameters(dtype, scales, segments),
+        ("TOKENS", tile),
+        ("DEPTH", depth),
+        ("STAGES", stages),
+    )
     parameters += (("GROUPS", groups), ("WARPS", groups * WARPS))
-    # Rows of 128 bytes for each stage and token, from a multiple of 1024 on.
-    shared = groups * stages * tile * 128 + 1024 if name == "linear_wgmma" else 0
+    shared = dynamic_shared(tile, stages, groups) if name == "linear_wgmma" else 0
     defines = tuple(f"-D{key}={value}" for key, value in parameters)
     return nvrtc.load(source(*SOURCE), name, defines, device, specific=True, shared=shared)
+
+
+def dynamic_shared(tile: int, stages: int, groups: int) -> int:
+    """Bytes of shared memory for tiles of the input: rows of 128 bytes for each stage and token, from a multiple of 1024 on."""
+    return groups * stages * tile * 128 + 1024
 
 
 def tiling_for(tokens: int) -> tuple[int, int, int, int]:
@@ -65,19 +83,20 @@ def splits_for(tokens: int, rows: int, columns: int, tile: int, multiprocessors:
     return max(1, min(multiprocessors // tiles, -(-columns // COLUMNS) // LEAST_STEPS))
 
 
-def linear(x, qdata, absmax, code, block_size, bias, out, *, tile=None, splits=None) -> None:
+def linear(x, qdata, absmax, code, block_size, bias, out, *, tile=None, splits=None, segments=False) -> None:
     """x [tokens, K] Wᵀ + bias into out [tokens, N], for float16 and bfloat16, on Hopper's tensor cores; any number of tokens.
 
     Args:
         bias: [N] of x's type, or None.
         tile, splits: tuning; see `tiling_for` and `splits_for`.
+        segments: the codebook consists of segments and is computed, not looked up.
     """
     if x.data_ptr() % 16:
         x = x.clone()
     tokens, (rows, columns) = x.shape[0], qdata.shape
     size, depth, stages, groups = tile or tiling_for(tokens)
     device = x.get_device()
-    which = (device, x.dtype, absmax.dtype, size, depth, stages, groups)
+    which = (device, x.dtype, absmax.dtype, segments, size, depth, stages, groups)
     threads = groups * THREADS
     steps, token_tiles, row_tiles = -(-columns // COLUMNS), -(-tokens // size), -(-rows // ROWS)
     splits = splits or splits_for(tokens, rows, columns, size, multiprocessors(device))
@@ -128,8 +147,8 @@ def _instance(call: Call) -> Instance:
     tokens = next((t for t in (1, 2, 4, 8, 16, 32, 64, 128) if t >= call.tokens), 256)
     # The columns whole, or split and added up.
     splits = min(2, splits_for(call.tokens, call.rows, call.columns, tile[0], call.multiprocessors))
-    run = functools.partial(linear, tile=tile, splits=splits)
-    return Instance(run, CHECKED_COLUMNS, tokens, f"tile {tile}, splits {splits}")
+    run = functools.partial(linear, tile=tile, splits=splits, segments=call.segments)
+    return Instance(run, CHECKED_COLUMNS, tokens, f"tile {tile}, splits {splits}", call.segments)
 
 
 KERNEL = Kernel(
@@ -140,4 +159,5 @@ KERNEL = Kernel(
     unsupported_reason=_unsupported_reason,
     place=_place,
     instance=_instance,
+    segmented=segments_pay,
 )

@@ -12,6 +12,7 @@ Example:
 
 import torch
 
+from .. import recomputed
 from ..choose import decode
 from ..kernel import Kernel
 
@@ -55,32 +56,40 @@ def step_for(
     return min(total, -(-total // (count * STEP)) * STEP)
 
 
-def linear(x, qdata, absmax, code, block_size, bias, out, panel_bytes=None) -> None:
+def linear(x, qdata, absmax, code, block_size, bias, out, panel_bytes=None, *, segments=False) -> None:
     """x [M, K] Wᵀ + bias into out [M, N]."""
     rows, columns = qdata.shape
     step = step_for(x.shape[0], columns, rows, x.element_size(), panel_bytes, bias=bias is not None)
-    workspace = torch.empty((step, columns), dtype=x.dtype, device=x.device)
+    # All of it where it will be asked for again at once.
+    keep = recomputed.wanted() and rows * columns * x.element_size() <= recomputed.LIMIT
+    workspace = torch.empty((rows if keep else step, columns), dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        panel = workspace[: stop - start]
-        decode(qdata[start:stop], absmax[start:stop], code, block_size, None, 0, panel)
+        panel = workspace[start:stop] if keep else workspace[: stop - start]
+        decode(qdata[start:stop], absmax[start:stop], code, block_size, None, 0, panel, segments)
         if bias is None:
             torch.mm(x, panel.t(), out=out[:, start:stop])
         elif step == rows:
             torch.addmm(bias, x, panel.t(), out=out)
         else:
             out[:, start:stop] = torch.addmm(bias[start:stop], x, panel.t())
+    if keep:
+        recomputed.keep(qdata, workspace)
 
 
-def linear_transposed(x, qdata, absmax, code, block_size, out, panel_bytes=None) -> None:
+def linear_transposed(x, qdata, absmax, code, block_size, out, panel_bytes=None, *, segments=False) -> None:
     """x [M, N] W into out [M, K]."""
     rows, columns = qdata.shape
+    dense = recomputed.take(qdata, x.dtype)
+    if dense is not None:
+        torch.mm(x, dense, out=out)
+        return
     step = step_for(x.shape[0], rows, columns, x.element_size(), panel_bytes)
     workspace = torch.empty(rows * step, dtype=x.dtype, device=x.device)
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         panel = workspace[: rows * (stop - start)].view(rows, stop - start)
-        decode(qdata, absmax, code, block_size, None, start, panel)
+        decode(qdata, absmax, code, block_size, None, start, panel, segments)
         torch.mm(x, panel, out=out[:, start:stop])
 
 
@@ -91,4 +100,5 @@ KERNEL = Kernel(
     run=linear,
     unsupported_reason=lambda call: None,
     place=lambda call: 100,
+    segmented=lambda call: True,
 )

@@ -7,10 +7,12 @@ Example:
     >>> decode(qdata, absmax, code, 64, None, 0, out)   # doctest: +SKIP
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
-from ..kernel import Instance, Kernel
+from ..kernel import Call, Instance, Kernel
 from ..triton_tables import checked_columns, load_table, look_up, unsupported_reason
 
 # Not yet measured on any GPU.
@@ -34,6 +36,7 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     HAS_IDS: tl.constexpr,
     GATHER: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
@@ -42,17 +45,17 @@ def decode_kernel(
         row = tl.load(ids_ptr + r).to(tl.int64)
     exists = (row >= 0) & (row < rows)
     row = tl.where(exists, row, 0)
-    table = load_table(code_ptr, GATHER)
+    table = load_table(code_ptr, GATHER, SEGMENTS)
     c = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k = first_column + c
     q = tl.load(qdata_ptr + row * columns + k, mask=c < width, other=0)
     scale = tl.load(absmax_ptr + row * blocks + k // BLOCK_SIZE, mask=c < width, other=0.0).to(tl.float32)
-    weight = look_up(q, table, code_ptr, GATHER) * scale
+    weight = look_up(q, table, code_ptr, GATHER, SEGMENTS) * scale
     weight = tl.where(exists, weight, float("nan"))
     tl.store(out_ptr + r * width + c, weight.to(out_ptr.dtype.element_ty), mask=c < width)
 
 
-def decode(qdata, absmax, code, block_size, ids, first_column, out, *, gather=GATHER) -> None:
+def decode(qdata, absmax, code, block_size, ids, first_column, out, *, gather=GATHER, segments=False) -> None:
     """Rows of the matrix into out [count, width], from `first_column` on.
 
     Args:
@@ -76,9 +79,15 @@ def decode(qdata, absmax, code, block_size, ids, first_column, out, *, gather=GA
         BLOCK_SIZE=block_size,
         HAS_IDS=ids is not None,
         GATHER=gather,
+        SEGMENTS=segments,
         BLOCK_K=BLOCK_K,
         num_warps=NUM_WARPS,
     )
+
+
+def _instance(call: Call) -> Instance:
+    run = functools.partial(decode, segments=call.segments)
+    return Instance(run, checked_columns(call.columns), segments=call.segments)
 
 
 KERNEL = Kernel(
@@ -88,5 +97,6 @@ KERNEL = Kernel(
     run=decode,
     unsupported_reason=unsupported_reason,
     place=lambda call: 20,
-    instance=lambda call: Instance(decode, checked_columns(call.columns)),
+    instance=_instance,
+    segmented=lambda call: True,
 )

@@ -10,6 +10,8 @@ Example:
     >>> gemm(x, qdata, absmax, code, 64, None, out)   # x [M, K], out [M, N]  # doctest: +SKIP
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -43,6 +45,7 @@ def gemm_kernel(
     BLOCK_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATHER: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     EVEN: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -53,7 +56,7 @@ def gemm_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
     valid_m, valid_n = m < tokens, n < rows
-    table = load_table(code_ptr, GATHER)
+    table = load_table(code_ptr, GATHER, SEGMENTS)
     # Rows and tokens past the end read the last one; nothing of them is stored.
     row = tl.minimum(n, rows - 1).to(tl.int64)[:, None]
     token = tl.minimum(m, tokens - 1).to(tl.int64)[:, None]
@@ -72,6 +75,7 @@ def gemm_kernel(
             blocks,
             BLOCK_SIZE,
             GATHER,
+            SEGMENTS,
             EVEN,
             BLOCK_N,
             BLOCK_K,
@@ -127,7 +131,9 @@ def split_k_for(programs: int, columns: int, block_k: int) -> int:
     return split_k
 
 
-def gemm(x, qdata, absmax, code, block_size, bias, out, *, gather=GATHER, tile=None, split_k=None) -> None:
+def gemm(
+    x, qdata, absmax, code, block_size, bias, out, *, gather=GATHER, segments=False, tile=None, split_k=None
+) -> None:
     """x [M, K] Wᵀ + bias into out [M, N]; all contiguous.
 
     Args:
@@ -161,6 +167,7 @@ def gemm(x, qdata, absmax, code, block_size, bias, out, *, gather=GATHER, tile=N
         BLOCK_SIZE=block_size,
         HAS_BIAS=has_bias,
         GATHER=gather,
+        SEGMENTS=segments,
         EVEN=columns % block_k == 0,
         SPLIT_K=split_k,
         BLOCK_M=block_m,
@@ -194,7 +201,8 @@ def _place(call: Call) -> int | None:
 
 def _instance(call: Call) -> Instance:
     tokens = next((t for t in (1, 2, 4, 8, 16, 32, 64, 128) if t >= call.tokens), 256)
-    return Instance(gemm, checked_columns(call.columns), tokens)
+    run = functools.partial(gemm, segments=call.segments)
+    return Instance(run, checked_columns(call.columns), tokens, segments=call.segments)
 
 
 KERNEL = Kernel(
@@ -205,4 +213,5 @@ KERNEL = Kernel(
     unsupported_reason=unsupported_reason,
     place=_place,
     instance=_instance,
+    segmented=lambda call: True,
 )

@@ -7,6 +7,8 @@ Example:
     >>> gemv(x, qdata, absmax, code, 64, None, out)   # x [1, K], out [1, N]  # doctest: +SKIP
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -34,13 +36,14 @@ def gemv_kernel(
     BLOCK_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATHER: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid_n = n < rows
-    table = load_table(code_ptr, GATHER)
+    table = load_table(code_ptr, GATHER, SEGMENTS)
     # Rows past the end read the last one; nothing of them is stored.
     row = tl.minimum(n, rows - 1).to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
@@ -55,6 +58,7 @@ def gemv_kernel(
             blocks,
             BLOCK_SIZE,
             GATHER,
+            SEGMENTS,
             EVEN,
             BLOCK_N,
             BLOCK_K,
@@ -81,6 +85,7 @@ def gemv(
     out,
     *,
     gather=GATHER,
+    segments=False,
     block_n=BLOCK_N,
     block_k=BLOCK_K,
     num_warps=NUM_WARPS,
@@ -101,6 +106,7 @@ def gemv(
         BLOCK_SIZE=block_size,
         HAS_BIAS=bias is not None,
         GATHER=gather,
+        SEGMENTS=segments,
         EVEN=columns % block_k == 0,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -112,6 +118,11 @@ def _unsupported_reason(call: Call) -> str | None:
     return unsupported_reason(call) or ("triton_gemv takes one token" if call.tokens > 1 else None)
 
 
+def _instance(call: Call) -> Instance:
+    run = functools.partial(gemv, segments=call.segments)
+    return Instance(run, checked_columns(call.columns), segments=call.segments)
+
+
 KERNEL = Kernel(
     name="triton_gemv",
     operation="linear",
@@ -119,5 +130,6 @@ KERNEL = Kernel(
     run=gemv,
     unsupported_reason=_unsupported_reason,
     place=lambda call: 50 if call.tokens == 1 else None,
-    instance=lambda call: Instance(gemv, checked_columns(call.columns)),
+    instance=_instance,
+    segmented=lambda call: True,
 )
