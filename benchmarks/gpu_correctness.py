@@ -59,17 +59,18 @@ def run(report: Report, device: str, tiny: bool) -> None:
                     # Never chosen for these.
                     if name == "triton_gemm" and kernel.place(call) is None:
                         continue
-                    outputs = [
-                        torch.full((tokens, rows), float("nan"), dtype=dtype, device=device) for _ in "12"
-                    ]
-                    for out in outputs:
-                        kernel.run(x, qdata, absmax, code, block, bias, out)
-                    found = error(outputs[0], exact)
-                    limit = 1e-5 if dtype == torch.float32 else 1.1 * naive + 1e-6
-                    same = torch.equal(*outputs)
-                    bad += check(
-                        report, name, type_name, (rows, columns, block), tokens, found, naive, limit, same
-                    )
+                    for options in ({}, {"segments": True}) if kernel.segmented else ({},):
+                        outputs = [
+                            torch.full((tokens, rows), float("nan"), dtype=dtype, device=device) for _ in "12"
+                        ]
+                        for out in outputs:
+                            kernel.run(x, qdata, absmax, code, block, bias, out, **options)
+                        found = error(outputs[0], exact)
+                        limit = 1e-5 if dtype == torch.float32 else 1.1 * naive + 1e-6
+                        same = torch.equal(*outputs)
+                        what = f"{name}, segments" if options else name
+                        shape = (rows, columns, block)
+                        bad += check(report, what, type_name, shape, tokens, found, naive, limit, same)
                 back = torch.randn(tokens, rows, device=device).to(dtype)
                 exact = back.double() @ weight.double()
                 found = error(gpu.linear_transposed(back, qdata, absmax, code, block), exact)

@@ -1,7 +1,8 @@
 """Part "kernels": `linear` for the shapes of GPT-J-6B and Llama-3-8B, 1 to 2048 tokens, against what else there is.
 
-Microseconds a call, in 16 bits. "octavo" is what users get; the columns after it force one of its kernels, which shows
-where they cross. "of copy" is the share of the measured copy bandwidth at which octavo reads the matrix at one token.
+Microseconds a call, in 16 bits. "octavo" is what users get; the columns after it force one of its kernels, which shows where
+they cross: on the table, and ("segments") computing the codebook. "of copy" is the share of the measured copy bandwidth at
+which octavo reads the matrix at one token.
 """
 
 import functools
@@ -63,17 +64,21 @@ def build(rows, columns, dtype, device):
         if kernel.operation != "linear":
             continue
         found[name] = [lambda x, m=m, n=name: forced(n, x, m) for m in packed]
+        if kernel.segmented is not None:
+            found[f"{name}, segments"] = [
+                lambda x, m=m, n=name: forced(n, x, m, segments=True) for m in packed
+            ]
     found |= others(rows, columns, dense, dtype, device)
     return found
 
 
-def forced(name, x, packed):
+def forced(name, x, packed, **options):
     kernel = kernels.named()[name]
     why_not = kernel.unsupported_reason(choose.product(x.dtype, x.shape[0], *packed[:2], BLOCK))
     if why_not or (name == "triton_gemm" and x.shape[0] > 512):
         raise NotImplementedError(why_not)
     out = torch.empty(x.shape[0], packed[0].shape[0], dtype=x.dtype, device=x.device)
-    kernel.run(x, *packed, BLOCK, None, out)
+    kernel.run(x, *packed, BLOCK, None, out, **options)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Part "lookup": what each way of looking a code up gives, and the settings of Triton's kernels.
+"""Part "lookup": what each way of looking a code up, or of computing it, gives, and the settings of Triton's kernels.
 
 One token times the largest matrix of GPT-J's layers, and the same matrix de-quantized. Every row says which share of the
 measured copy bandwidth the reading of the matrix reaches. From these tables come the constants of the records in
@@ -17,8 +17,9 @@ COPIES = (1, 2, 4, 8, 16, 32)
 
 
 def lookups():
-    """name → compile-time parameters of the CUDA kernels."""
-    return {f"shared memory, {n} copies": (("COPIES", n),) for n in COPIES}
+    """name → options of the CUDA kernels' launchers."""
+    ways: dict[str, dict] = {f"shared memory, {n} copies": {"extra": (("COPIES", n),)} for n in COPIES}
+    return {**ways, "segments, computed": {"segments": True}}
 
 
 def run(report: Report, device: str, tiny: bool) -> None:
@@ -62,23 +63,23 @@ def run(report: Report, device: str, tiny: bool) -> None:
 def cuda_sweeps(timed, rows, columns, block, dtype, device, read) -> None:
     dense = torch.empty(rows, columns, dtype=dtype, device=device)
     products = {"cuda_simt": cuda_simt.linear}
-    if capability(0) >= (8, 0):
+    if capability(0) >= cuda_mma.CAPABILITY:
         products["cuda_mma"] = cuda_mma.linear
-    for name, extra in lookups().items():
+    for name, options in lookups().items():
         for kernel, product in products.items():
             timed(
                 "look-up",
                 kernel,
                 name,
                 1,
-                lambda m, x, out, p=product, e=extra: p(x, *m, block, None, out, extra=e),
+                lambda m, x, out, p=product, o=options: p(x, *m, block, None, out, **o),
             )
         timed(
             "look-up",
             "cuda_decode",
             name,
             1,
-            lambda m, x, out, e=extra: cuda_decode.decode(*m, block, None, 0, dense, extra=e),
+            lambda m, x, out, o=options: cuda_decode.decode(*m, block, None, 0, dense, **o),
             moved=read + 2 * rows * columns,
         )
     for depth in (1, 2, 4, 8):
@@ -98,16 +99,16 @@ def triton_sweeps(timed, block) -> None:
     from octavo.ops.gpu.kernels.triton_gemm import gemm
     from octavo.ops.gpu.kernels.triton_gemv import gemv
 
-    for gather in (False, True):
-        how = "gather" if gather else "load"
+    for how in ("load", "gather", "segments"):
+        way = {"gather": how == "gather", "segments": how == "segments"}
         for block_n, block_k, warps in ((4, 512, 4), (8, 512, 4), (16, 256, 4), (8, 1024, 8)):
             timed(
                 "settings",
                 "triton_gemv",
                 f"{how}, tile {block_n}x{block_k}, {warps} warps",
                 1,
-                lambda m, x, out, g=gather, n=block_n, k=block_k, w=warps: gemv(
-                    x, *m, block, None, out, gather=g, block_n=n, block_k=k, num_warps=w
+                lambda m, x, out, y=way, n=block_n, k=block_k, w=warps: gemv(
+                    x, *m, block, None, out, **y, block_n=n, block_k=k, num_warps=w
                 ),
             )
         for tile in (
@@ -123,5 +124,5 @@ def triton_sweeps(timed, block) -> None:
                 "triton_gemm",
                 f"{how}, tile {'x'.join(map(str, tile[:3]))}, {tile[3]} warps",
                 min(tile[0], 128),
-                lambda m, x, out, g=gather, t=tile: gemm(x, *m, block, None, out, gather=g, tile=t),
+                lambda m, x, out, y=way, t=tile: gemm(x, *m, block, None, out, **y, tile=t),
             )

@@ -81,7 +81,7 @@ def fused(device: str):
     for tokens in (1, 2):
         for rows, depth in SIMT:
             yield "linear_simt", tokens, {"tiling": (rows, depth), "extra": ()}
-    if capability(0) < (8, 0):
+    if capability(0) < cuda_mma.CAPABILITY:
         return
     for tokens, tilings in TILINGS.items():
         for tiling in tilings:

@@ -20,7 +20,8 @@ END = "<!-- end of what is made -->\n"
 CASES: dict[str, dict] = {
     "16 bits, 9.0": {"capability": (9, 0)},
     "16 bits, 8.0 to 8.9, 10.0 and later": {"capability": (8, 0)},
-    "16 bits, before 8.0": {"dtype": torch.float16, "capability": (7, 5)},
+    "float16, 7.5": {"dtype": torch.float16, "capability": (7, 5)},
+    "16 bits, before 7.5": {"dtype": torch.float16, "capability": (7, 0)},
     "float32": {"dtype": torch.float32},
     "16 bits, rows not a multiple of 16": {"columns": 4099},
 }
