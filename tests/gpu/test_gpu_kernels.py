@@ -6,11 +6,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import octavo
 from octavo import codebook, ops
 from octavo.ops import gpu, reference
-from octavo.ops.gpu import choose, kernels, kinds, verify
+from octavo.ops.gpu import choose, kernels, kinds, recomputed, verify
 from octavo.ops.gpu.kernel import Instance
 from octavo.ops.gpu.kernels import cuda_decode, cuda_simt, cuda_wgmma, panels
 
@@ -152,6 +153,26 @@ def test_gradients(dtype, tokens, device):
     exact = back.double() @ weight.double()
     assert error(x.grad, exact) <= limit(dtype, back, weight.t(), None, exact)
     assert error(bias.grad, back.double().sum(0)) <= 1e-2
+
+
+@pytest.mark.parametrize("limit", [0, recomputed.LIMIT])
+def test_a_checkpointed_layer_has_the_gradient_of_a_plain_one(limit, device, monkeypatch):
+    """Whether its backward pass de-quantizes anew or takes up what was recomputed; and nothing is kept afterwards."""
+    monkeypatch.setattr(recomputed, "LIMIT", limit)
+    up, down = (
+        packed(*shape, 64, torch.float16, device, fitted=True) for shape in ((2048, 1024), (1024, 2048))
+    )
+    x = torch.randn(700, 1024, device=device).half().requires_grad_()
+    back = torch.randn(700, 1024, device=device).half()
+
+    def layer(x):
+        return ops.direct.linear(ops.direct.linear(x, *up, 64), *down, 64)
+
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).backward(back)
+    weights = [reference.dequantize(*parts, 64, torch.float32).double() for parts in (up, down)]
+    exact = back.double() @ weights[1] @ weights[0]
+    assert error(x.grad, exact) < 2e-3
+    assert not recomputed._kept
 
 
 def test_a_thread_in_which_nothing_of_cuda_has_run(device):
