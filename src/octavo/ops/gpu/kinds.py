@@ -56,7 +56,7 @@ def is_segments(code: torch.Tensor) -> bool:
     which every codebook is.
     """
     known = _of(code)
-    offset = code.storage_offset()
+    offset = int(code.storage_offset())
     answer = known.found.get(offset)
     if answer is None:
         if code.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -68,7 +68,7 @@ def is_segments(code: torch.Tensor) -> bool:
 def carry(old: torch.Tensor, new: torch.Tensor) -> None:
     """`new` was just made with the values of `old`, codebooks of the same shape [..., 256]: it need not be read back."""
     for one, other in zip(old.detach().view(-1, 256), new.detach().view(-1, 256), strict=True):
-        _of(other).found[other.storage_offset()] = is_segments(one)
+        _of(other).found[int(other.storage_offset())] = is_segments(one)
 
 
 def forget() -> None:
