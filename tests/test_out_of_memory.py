@@ -18,10 +18,18 @@ def real_error() -> Exception:
     return found.value
 
 
-def errors() -> list[Exception]:
+class PanicException(BaseException):
+    """What a library in Rust raises, by its name: each has a class of its own."""
+
+
+def errors() -> list[BaseException]:
     return [
+        PanicException(
+            'ThreadPoolBuildError { kind: IOError(Os { code: 11, message: "Resource temporarily unavailable" }) }'
+        ),
         real_error(),
         MemoryError(),
+        RuntimeError("can't start new thread"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nadvice"),
         OSError(12, "Cannot allocate memory"),
     ]

@@ -106,6 +106,9 @@ class Disk:
                 return  # made past the C library, and never synced
             self._change(self._node(first), self._place(first), None)
         elif kind == "R":
+            (there, old), (folder, name) = self._place(first), self._place(second)
+            if old not in there.entries and name in folder.entries:
+                return  # its folder was renamed
             self._change(self._node(first), self._place(first), self._place(second))
         elif kind in "WT":
             # A file that has no name any more is lost in any case.

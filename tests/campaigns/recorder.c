@@ -99,21 +99,32 @@ static int is_there(int folder, const char *path) {
     return there;
 }
 
-/* Files whose making was seen, by number. Some libraries (Rust's rustix) call the system past the C library: what they made is
- * recorded, as one write, when something else is first done to it. */
-static ino_t seen[1 << 16];
+/* Files whose making was seen, by number, and the names that they had. Some libraries (Rust's rustix) call the system past the C
+ * library: what they made is recorded, as one write, when something else is first done to it, and what they renamed as well. */
+static struct {
+    ino_t number;
+    char *name;
+} seen[1 << 16];
 static int seen_count;
 
 static void note(const char *name) {
     struct stat found;
-    if (seen_count < (int)(sizeof seen / sizeof *seen) && !stat(name, &found)) seen[seen_count++] = found.st_ino;
+    if (seen_count == sizeof seen / sizeof *seen || stat(name, &found)) return;
+    seen[seen_count].number = found.st_ino;
+    seen[seen_count++].name = strdup(name);
 }
 
 static void make_known(const char *name) {
     struct stat found;
     if (stat(name, &found) || !S_ISREG(found.st_mode)) return;
-    for (int i = 0; i < seen_count; i++)
-        if (seen[i] == found.st_ino) return;
+    for (int i = seen_count - 1; i >= 0; i--)
+        if (seen[i].number == found.st_ino) {
+            if (strcmp(seen[i].name, name) && access(seen[i].name, F_OK)) {
+                record('R', seen[i].name, name, 0, NULL, 0);
+                seen[i].name = strdup(name);
+            }
+            return;
+        }
     int file = syscall(SYS_openat, AT_FDCWD, name, O_RDONLY | O_CLOEXEC);
     char *data = malloc(found.st_size + 1);
     ssize_t size = pread(file, data, found.st_size, 0);

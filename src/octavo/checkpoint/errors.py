@@ -36,11 +36,20 @@ def library_errors() -> tuple[type[Exception], ...]:
 
 
 # What torch's allocator, mapped files and the system say where there is no memory.
-NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "bad_alloc")
+NO_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "can't start new thread",
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was no memory, of this machine or of a GPU: not a fault of any file."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
+    if type(error).__name__ == "PanicException":
+        # Libraries in Rust: a thread that could not be begun, for one.
+        return any(words in str(error) for words in (*NO_MEMORY, "Resource temporarily unavailable"))
     return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in NO_MEMORY)

@@ -94,14 +94,17 @@ def main() -> None:
         command = next((f" {word}" for word in sys.argv[1:] if word in names), "")
         error.message = _plain(error)
         _fail(f"{error.format_message().rstrip('.')} (see octavo{command} --help)", 2)
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        short = out_of_memory(error)
-        if debug or (isinstance(error, (MemoryError, RuntimeError)) and not short):
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
             raise
-        _fail(_short_of_memory(error) if short else str(error) or type(error).__name__, 1)
+        _fail(_short_of_memory(error) if out_of_memory(error) else str(error) or type(error).__name__, 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BaseException as error:  # libraries in Rust raise what is no Exception
+        if debug or not out_of_memory(error):
+            raise
+        _fail(_short_of_memory(error), 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
