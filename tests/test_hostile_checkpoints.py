@@ -451,7 +451,11 @@ def test_a_damaged_adapter(plain, tmp_path):
         with pytest.raises(CheckpointError, match="download it again"):
             octavo.load(plain, adapter=tmp_path / "adapter", device="cpu")
     weights.write_bytes(whole)
-    for key, value in (("rank_pattern", 1e308), ("peft_type", 2**63), ("corda_config", 5)):
+    changes = (
+        *(("rank_pattern", 1e308), ("peft_type", 2**63), ("corda_config", 5)),
+        *(("trainable_token_indices", 2**32), ("trainable_token_indices", -1e308)),
+    )
+    for key, value in changes:
         config.write_text(json.dumps({**json.loads(settings), key: value}))
         with pytest.raises(ValueError) as caught:
             octavo.load(plain, adapter=tmp_path / "adapter", device="cpu")

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from ..checkpoint.errors import CheckpointError, library_errors
+from ..checkpoint.errors import CheckpointError, library_errors, out_of_memory
 from ..checkpoint.reading.locate import locate_adapter
 from ..checkpoint.reading.published_adapters import lora_options
 from ..checkpoint.reading.safetensors_source import check_adapter_file
@@ -67,12 +66,15 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
             loaded = wrapped.load_adapter(str(adapter), name)
     except KeyError as error:
         raise _not_of_this_model(adapter, f"it holds no {error.args[0]}") from error
-    except (AttributeError, TypeError, OverflowError, SafetensorError) as error:
-        raise CheckpointError(f"{adapter}: PEFT cannot make an adapter of this: {one_line(error)}") from error
     except (RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         # The first of PEFT's lines is a heading, each that follows names a tensor.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise _not_of_this_model(adapter, (lines[1:] or lines or [type(error).__name__])[0]) from error
+    except library_errors() as error:
+        # PEFT uses its configuration's values before it checks them: as numbers of tokens, for one.
+        raise CheckpointError(f"{adapter}: PEFT cannot make an adapter of this: {one_line(error)}") from error
     homeless = [key for key in loaded.unexpected_keys if _changes_what_is_not_there(key, wrapped)]
     if homeless or loaded.missing_keys:
         place = (homeless or loaded.missing_keys)[0].removeprefix("base_model.model.").partition(".lora_")[0]
