@@ -174,3 +174,27 @@ def test_a_checkpoint_is_marked_when_all_is_in_it(tmp_path, monkeypatch):
     for step, before in zip((1, 2), seen, strict=True):
         after = digest(tmp_path / "out" / f"checkpoint-{step}")
         assert "README.md" in before and {**after, MARK: ""} == {**before, MARK: ""}
+
+
+def test_an_adapter_is_the_same_bytes_in_each_process(tmp_path):
+    """Python's sets have another order in each; what is resumed after a power failure is compared byte for byte."""
+    pytest.importorskip("peft")
+    import subprocess
+    import sys
+
+    code = """
+import sys, octavo
+from octavo import demo
+from octavo.training.adapters import add_adapters
+from octavo.training.recipe import Recipe
+add_adapters(octavo.load(demo.MODEL, device="cpu"), Recipe()).save_pretrained(sys.argv[1])
+"""
+    found = []
+    for seed in ("1", "2"):
+        out = tmp_path / seed
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run(
+            [sys.executable, "-c", code, str(out)], check=True, env=environment, capture_output=True
+        )
+        found.append(json.loads((out / "adapter_config.json").read_text())["target_modules"])
+    assert found[0] == found[1] == sorted(found[0]) and len(found[0]) > 3

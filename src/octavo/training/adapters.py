@@ -95,6 +95,9 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> Any:
         modules_to_save=norm_names(model) if recipe.train_norms else None,
     )
     model = get_peft_model(model, config)
+    # PEFT keeps a set, whose order is another one in each process, and writes it as it comes.
+    used: Any = config.target_modules
+    config.target_modules = sorted(used) if isinstance(used, set) else used
     for parameter in model.parameters():
         # A 16-bit parameter would lose the small steps of training.
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
