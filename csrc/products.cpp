@@ -145,11 +145,24 @@ void linear_gemm(const Kernels& k, const Matrix& matrix, const void* x, int64_t 
 namespace {
 
 // Room for a product by tiles, kept by each thread.
-TileScratch tile_scratch(int64_t tokens) {
+TileScratch tile_scratch() {
   static thread_local Scratch memory;
   constexpr int64_t scales = 4 * kTileColumns / kChunk * kTileRows, tiles = 4 * kTileColumns * kTileRows;
-  float* start = memory.get<float>(scales + tiles + 4 * std::min(tokens, kTileTokens) * kTileRows);
+  constexpr int64_t sums = std::max(kTileTask * kTileTokens, kTransposedChunks * kChunk * kTransposedTokens);
+  float* start = memory.get<float>(scales + tiles + sums);
   return {start + scales + tiles, start, start + scales, reinterpret_cast<int16_t*>(start + scales)};
+}
+
+// run(its tokens, item) for every item and every `most` tokens or fewer. Neighbouring tasks share their tokens: what one core reads of
+// the input, it reads again soon.
+template <class F>
+void by_tokens(const TileTokens& input, int64_t most, int64_t items, int threads, F&& run) {
+  parallel(items * ceil_div(input.count, most), threads, [&](int64_t task, int) {
+    TileTokens part = input;
+    part.from = task / items * most;
+    part.to = std::min(part.from + most, input.count);
+    run(part, task % items);
+  });
 }
 
 // Input of a product by tiles, over `columns`: integers for a `run` that is not 0, if the values allow them, else float32.
@@ -157,7 +170,7 @@ TileTokens tile_tokens(const Kernels& k, const void* x, DType type, int64_t toke
                        int threads) {
   static thread_local Scratch values_memory, units_memory;
   const int64_t panels = ceil_div(columns, kTileColumns);
-  TileTokens input{tokens, nullptr, nullptr, nullptr, run};
+  TileTokens input{tokens, nullptr, nullptr, nullptr, run, 0, tokens};
   float* floats = run ? nullptr : values_memory.get<float>(panels * tokens * kTileColumns);
   int16_t* words = run ? values_memory.get<int16_t>(panels * tokens * kTileColumns) : nullptr;
   const int64_t per_token = run ? kTileColumns / run : 0;
@@ -223,9 +236,9 @@ bool linear_tiles(const Kernels& kernels, const Matrix& matrix, const void* x, D
     k.widen(bias, bias_type, 1, w.rows, wide);
     output.bias = wide;
   }
-  parallel(ceil_div(w.rows, kTileTask), used_threads(w, threads), [&](int64_t task, int) {
-    const int64_t row0 = task * kTileTask;
-    k.tile(w, table, input, row0, std::min(row0 + kTileTask, w.rows), output, tile_scratch(tokens));
+  by_tokens(input, kTileTokens, ceil_div(w.rows, kTileTask), used_threads(w, threads), [&](const TileTokens& part, int64_t item) {
+    const int64_t row0 = item * kTileTask;
+    k.tile(w, table, part, row0, std::min(row0 + kTileTask, w.rows), output, tile_scratch());
   });
   return true;
 }
@@ -240,8 +253,12 @@ bool linear_transposed_tiles(const Kernels& kernels, const Matrix& matrix, const
   if (tokens == 0 || w.columns == 0) return true;
   const TileTokens input = tile_tokens(k, x, type, tokens, w.rows, 0, 0.0f, threads);
   const Output output{out, type, w.columns, nullptr};
-  parallel(chunks_of(w.columns), used_threads(w, threads), [&](int64_t chunk, int) {
-    k.tile_transposed(w, table, input, chunk, output, tile_scratch(tokens));
+  // Few enough chunks to a task that every thread has two.
+  const int used = used_threads(w, threads);
+  const int64_t chunks = chunks_of(w.columns), wanted = ceil_div(2 * used, ceil_div(tokens, kTransposedTokens));
+  const int64_t items = std::min(chunks, std::max(ceil_div(chunks, kTransposedChunks), wanted));
+  by_tokens(input, kTransposedTokens, items, used, [&](const TileTokens& part, int64_t item) {
+    k.tile_transposed(w, table, part, item * chunks / items, (item + 1) * chunks / items, output, tile_scratch());
   });
   return true;
 }

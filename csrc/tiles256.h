@@ -251,72 +251,70 @@ void store_sums(const float* sums, int64_t count, int64_t token, int64_t row, in
   }
 }
 
-// out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n] for the rows [row0, row1) and all tokens.
+// out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n] for the rows [row0, row1) and the tokens [x.from, x.to).
 template <class S>
 void tile_rows(const Packed& w, const Table& table, const TileTokens& x, int64_t row0, int64_t row1, const Output& out,
                const TileScratch& scratch) {
   const typename S::Codes codes = S::load_codes(table);
-  const int64_t chunks = chunks_of(w.columns), per_tile = kTileColumns / kChunk;
+  const int64_t chunks = chunks_of(w.columns), chunks_per_tile = kTileColumns / kChunk;
   // Words: a scale for each run. Floats: the factor that `pack_floats` leaves out is in the scales.
   const int64_t per_chunk = x.words ? kChunk / x.run : scales_per_chunk(w.scales);
   const float unit = x.words ? table.segments.unit : S::raw_unit(table);
-  const int64_t tiles = (row1 - row0 + kTileRows - 1) / kTileRows;
-  for (int64_t token0 = 0; token0 < x.count; token0 += kTileTokens) {
-    const int64_t count = least(kTileTokens, x.count - token0);
-    std::memset(scratch.sums, 0, static_cast<size_t>(tiles * count * kTileRows) * 4);
-    for (int64_t chunk0 = 0; chunk0 < chunks; chunk0 += per_tile) {
-      const int64_t chunk1 = least(chunk0 + per_tile, chunks), columns = (chunk1 - chunk0) * kChunk;
-      const int64_t first = chunk0 / per_tile * x.count + token0;  // of x's rows
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t row = row0 + t * kTileRows;
-        float* sums = scratch.sums + t * count * kTileRows;
-        tile_scales<S>(w, row, per_chunk, chunk0, chunk1, unit, scratch.scales);
-        if (x.words) {
-          pack_words<S>(codes, w, row, chunk0, chunk1, scratch.words);
-          in_groups<4>(count, WordTile{scratch.words, scratch.scales, x.words + first * kTileColumns,
-                                       x.units + first * (kTileColumns / x.run), columns, x.run, sums});
-        } else {
-          pack_floats<S>(codes, w, row, per_chunk, chunk0, chunk1, scratch.scales, scratch.floats);
-          in_groups<6>(count, FloatTile{scratch.floats, x.floats + first * kTileColumns, columns, sums});
-        }
-      }
-    }
+  const int64_t tiles = (row1 - row0 + kTileRows - 1) / kTileRows, count = x.to - x.from;
+  std::memset(scratch.sums, 0, static_cast<size_t>(tiles * count * kTileRows) * 4);
+  for (int64_t chunk0 = 0; chunk0 < chunks; chunk0 += chunks_per_tile) {
+    const int64_t chunk1 = least(chunk0 + chunks_per_tile, chunks), columns = (chunk1 - chunk0) * kChunk;
+    const int64_t first = chunk0 / chunks_per_tile * x.count + x.from;  // of x's rows
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t row = row0 + t * kTileRows;
-      store_sums<S>(scratch.sums + t * count * kTileRows, count, token0, row, least(kTileRows, row1 - row), out);
+      float* sums = scratch.sums + t * count * kTileRows;
+      tile_scales<S>(w, row, per_chunk, chunk0, chunk1, unit, scratch.scales);
+      if (x.words) {
+        pack_words<S>(codes, w, row, chunk0, chunk1, scratch.words);
+        in_groups<4>(count, WordTile{scratch.words, scratch.scales, x.words + first * kTileColumns,
+                                     x.units + first * (kTileColumns / x.run), columns, x.run, sums});
+      } else {
+        pack_floats<S>(codes, w, row, per_chunk, chunk0, chunk1, scratch.scales, scratch.floats);
+        in_groups<6>(count, FloatTile{scratch.floats, x.floats + first * kTileColumns, columns, sums});
+      }
     }
+  }
+  for (int64_t t = 0; t < tiles; t++) {
+    const int64_t row = row0 + t * kTileRows;
+    store_sums<S>(scratch.sums + t * count * kTileRows, count, x.from, row, least(kTileRows, row1 - row), out);
   }
 }
 
-// out[m, k] = sum_n x[m, n] * weight[n, k] for one chunk of columns k and all tokens.
+// out[m, k] = sum_n x[m, n] * weight[n, k] for the chunks [chunk0, chunk1) of columns k and the tokens [x.from, x.to).
 template <class S, int PerChunk>
-void tile_transposed_parts(const Packed& w, const Table& table, const TileTokens& x, int64_t chunk, const Output& out,
-                           const TileScratch& scratch) {
+void tile_transposed_chunks(const Packed& w, const Table& table, const TileTokens& x, int64_t chunk0, int64_t chunk1,
+                            const Output& out, const TileScratch& scratch) {
   const typename S::Codes codes = S::load_codes(table);
-  const int64_t left = least(kChunk, w.columns - chunk * kChunk), tiles = (left + kTileRows - 1) / kTileRows;
-  for (int64_t token0 = 0; token0 < x.count; token0 += kTileTokens) {
-    const int64_t count = least(kTileTokens, x.count - token0);
-    std::memset(scratch.sums, 0, static_cast<size_t>(tiles * count * kTileRows) * 4);
-    for (int64_t row = 0; row < w.rows; row += kTileColumns) {
-      const int64_t rows = least(kTileColumns, w.rows - row), first = row / kTileColumns * x.count + token0;
+  constexpr int64_t tiles = kChunk / kTileRows;  // of a chunk
+  const int64_t count = x.to - x.from, sums_of_tile = count * kTileRows;
+  std::memset(scratch.sums, 0, static_cast<size_t>((chunk1 - chunk0) * tiles * sums_of_tile) * 4);
+  for (int64_t row = 0; row < w.rows; row += kTileColumns) {
+    const int64_t rows = least(kTileColumns, w.rows - row), first = row / kTileColumns * x.count + x.from;
+    for (int64_t chunk = chunk0; chunk < chunk1; chunk++) {
       pack_transposed<S, PerChunk>(codes, w, row, row + rows, chunk, scratch.floats, kTileWeights);
-      for (int64_t t = 0; t < tiles; t++)
+      float* sums = scratch.sums + (chunk - chunk0) * tiles * sums_of_tile;
+      for (int64_t t = 0; t < tiles && chunk * kChunk + t * kTileRows < w.columns; t++)
         in_groups<6>(count, FloatTile{scratch.floats + t * kTileWeights, x.floats + first * kTileColumns, rows,
-                                      scratch.sums + t * count * kTileRows});
+                                      sums + t * sums_of_tile});
     }
-    for (int64_t t = 0; t < tiles; t++)
-      store_sums<S>(scratch.sums + t * count * kTileRows, count, token0, chunk * kChunk + t * kTileRows,
-                    least(kTileRows, left - t * kTileRows), out);
   }
+  for (int64_t column = chunk0 * kChunk; column < least(chunk1 * kChunk, w.columns); column += kTileRows)
+    store_sums<S>(scratch.sums + (column / kTileRows - chunk0 * tiles) * sums_of_tile, count, x.from, column,
+                  least(kTileRows, w.columns - column), out);
 }
 
 template <class S>
-void tile_transposed(const Packed& w, const Table& table, const TileTokens& x, int64_t chunk, const Output& out,
+void tile_transposed(const Packed& w, const Table& table, const TileTokens& x, int64_t chunk0, int64_t chunk1, const Output& out,
                      const TileScratch& scratch) {
   switch (scales_per_chunk(w.scales)) {
-    case 1: return tile_transposed_parts<S, 1>(w, table, x, chunk, out, scratch);
-    case 2: return tile_transposed_parts<S, 2>(w, table, x, chunk, out, scratch);
-    default: return tile_transposed_parts<S, 4>(w, table, x, chunk, out, scratch);
+    case 1: return tile_transposed_chunks<S, 1>(w, table, x, chunk0, chunk1, out, scratch);
+    case 2: return tile_transposed_chunks<S, 2>(w, table, x, chunk0, chunk1, out, scratch);
+    default: return tile_transposed_chunks<S, 4>(w, table, x, chunk0, chunk1, out, scratch);
   }
 }
 

@@ -120,13 +120,16 @@ struct TileTokens {
   const int16_t* words;
   const float* units;     // [columns / kTileColumns, count, kTileColumns / run]
   int64_t run;            // columns that are summed up in 32 bits: 64, 32 or 16
+  int64_t from, to;       // the tokens of a call, kTileTokens at most, or kTransposedTokens
 };
 
-// kTileTask rows (or 64 columns, transposed) make a task; the sums of kTileTokens tokens are kept.
+// kTileTask rows and kTileTokens tokens make a task; transposed, as many chunks of columns as kTransposedChunks, and kTransposedTokens.
+// Transposed, all rows are gone through: fewer tokens and more columns, so that the input is read less often.
 constexpr int64_t kTileRows = 16, kTileColumns = 256, kTileTask = 2 * kTileRows, kTileTokens = 512;
+constexpr int64_t kTransposedChunks = 4, kTransposedTokens = 256;
 
 struct TileScratch {
-  float* sums;            // [4, kTileTokens, kTileRows]
+  float* sums;            // [kTileTask / kTileRows, tokens, kTileRows], or [4 kTransposedChunks, tokens, kTileRows]
   float* scales;          // [4 kTileColumns / 64, kTileRows]
   float* floats;          // [4, kTileColumns, kTileRows]
   int16_t* words;         // [kTileColumns / 2, kTileRows, 2]; in the place of `floats`
@@ -199,7 +202,8 @@ struct Kernels {
 
   // out = x Wᵀ + bias for the rows [row0, row1), kTileTask at most; out = x W for one chunk of columns. Null: not supported.
   void (*tile)(const Packed&, const Table&, const TileTokens&, int64_t row0, int64_t row1, const Output&, const TileScratch&) = nullptr;
-  void (*tile_transposed)(const Packed&, const Table&, const TileTokens&, int64_t chunk, const Output&, const TileScratch&) = nullptr;
+  void (*tile_transposed)(const Packed&, const Table&, const TileTokens&, int64_t chunk0, int64_t chunk1, const Output&,
+                          const TileScratch&) = nullptr;
 
   // The kernels that compute a codebook of segments whose bases and slopes fit bytes, and of others. Null: these look it up.
   const Kernels* byte_segments = nullptr;
