@@ -13,6 +13,7 @@ Example:
 import argparse
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,8 +53,14 @@ def _octavo_tensors(name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
     return {
         f"{name}_qdata": torch.randint(0, 256, (rows, columns), dtype=torch.uint8),
         f"{name}_absmax": torch.full((rows, blocks_per_row(columns, BLOCK)), 0.02, dtype=torch.float16),
-        f"{name}_code": codebook.dynamic(),
+        f"{name}_code": _fitted().clone(),
     }
+
+
+@cache
+def _fitted() -> torch.Tensor:
+    """A codebook as `octavo quantize` fits them to weights that are about normal."""
+    return codebook.fit(torch.randn(1024, BLOCK, generator=torch.Generator().manual_seed(0)), BLOCK)
 
 
 def _published_tensors(name: str, shape: torch.Size) -> dict[str, torch.Tensor]:

@@ -70,9 +70,10 @@ def instructions() -> dict[str, str]:
 
 
 def file_stem(kind: str) -> str:
-    """cpu, what is measured, the processor, and the instruction set that Octavo is held to, if any."""
+    """cpu, what is measured, the processor, the instruction set that Octavo is held to, if any, and "one thread" if it is one."""
     held = os.environ.get("OCTAVO_CPU_ISA", "")
-    name = re.sub(r"[^a-z0-9]+", "-", f"{processor_name()} {held}".lower()).strip("-")
+    threads = "one thread" if torch.get_num_threads() == 1 else ""
+    name = re.sub(r"[^a-z0-9]+", "-", f"{processor_name()} {held} {threads}".lower()).strip("-")
     return f"cpu-{kind}-{name}"
 
 

@@ -14,6 +14,7 @@ Example:
     torch.Size([3, 16])
 """
 
+import os
 import threading
 
 import torch
@@ -82,11 +83,13 @@ _COLUMN_STEP = 64
 def _panel_types() -> dict[torch.dtype, torch.dtype]:
     """In which type panels are multiplied, by the type of the input.
 
-    PyTorch multiplies float16 slowly on every x86, and bfloat16 on those without instructions for it.
+    PyTorch multiplies float16 slowly on every x86, and bfloat16 on those without instructions for it, or held to older ones
+    together with the kernels (benchmarks/__init__.py).
     """
     types = {torch.float32: torch.float32, torch.float16: torch.float32, torch.bfloat16: torch.bfloat16}
     features = native.library.cpu_features() if native.library is not None else ""
-    if "avx" in features and "avx512_bf16" not in features:
+    held = os.environ.get("OCTAVO_CPU_ISA", "vbmi_bf16") != "vbmi_bf16"
+    if "avx" in features and (held or "avx512_bf16" not in features):
         types[torch.bfloat16] = torch.float32
     return types
 
