@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import signal
 import socket
@@ -32,6 +31,8 @@ from typing import Any
 
 import httpx2 as httpx
 import psutil
+
+from octavo.cli.doctor import processor_name
 
 BEGINNINGS = (
     "El sentido de la vida es",
@@ -321,7 +322,7 @@ def main() -> None:
     found = {
         "engine": options.engine,
         "weights": options.weights,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         **found,
