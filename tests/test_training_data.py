@@ -163,7 +163,7 @@ def test_a_data_set_of_the_hub_gives_its_train_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_records(["someone/sums"]) == [{"prompt": "2+2=", "completion": "4"}] * 2
-    assert asked == [(("someone/sums",), {"split": "train"})]
+    assert asked == [(("someone/sums", None), {"split": "train"})]
     table = datasets.Dataset.from_list([{"body": "x"}])
     with pytest.raises(ValueError, match=r"someone/sums, record 1: expected `text`.*found \['body'\]"):
         read_records(["someone/sums"])
