@@ -19,6 +19,7 @@ import octavo
 ROOT = Path(octavo.__file__).parent
 # Where an example cannot run in a test, and why.
 NOT_RUN = {
+    "hub_datasets": "needs the hub",
     "integrations.vllm": "needs vLLM (make test-vllm)",
     "serving.transformers_engine": "would serve until it is stopped",
     "serving.vllm_engine": "needs vLLM",

@@ -1,8 +1,9 @@
 """One process at a time writes a file or a folder: a lock that the system takes back when the process ends, however it ends.
 
 Example:
-    >>> with Lock(Path("model.gguf.partial")):
-    ...     write()                                          # another process that comes now gets an InUseError
+    >>> with Lock(Path("model.gguf.partial")):               # another process that comes now gets an InUseError
+    ...     Path("model.gguf.partial").write_text("all of it")
+    9
 """
 
 import errno
