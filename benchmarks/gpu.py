@@ -24,7 +24,7 @@ PARTS = {
     "decode": 75,
     "memory": 65,
     "training": 65,
-    "kernels": 80,
+    "kernels": 95,
     "lookup": 30,
     "settings": 45,
     "compiled": 60,

@@ -64,7 +64,8 @@ def build(rows, columns, dtype, device):
         if kernel.operation != "linear":
             continue
         found[name] = [lambda x, m=m, n=name: forced(n, x, m) for m in packed]
-        if kernel.segmented is not None:
+        # What panels are decoded by is part "lookup".
+        if kernel.segmented is not None and kernel.instance is not None:
             found[f"{name}, segments"] = [
                 lambda x, m=m, n=name: forced(n, x, m, segments=True) for m in packed
             ]
