@@ -1,7 +1,9 @@
 """Which GPU kernel a call gets, and that none is used that does not agree: the logic, without a GPU."""
 
 import ctypes
+import dataclasses
 import functools
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +283,25 @@ def test_what_fails_is_named_once_and_left_out(monkeypatch):
         f"fast, cuda:0, torch.float16, {case}": (False, "CompilationFailed: no such instruction"),
         f"fast, cuda:0, torch.bfloat16, {case}": (True, "fine"),
     }
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("operation", ["linear", "decode", "encode"])
+def test_every_operation_is_checked_with_what_its_check_takes(operation, segments, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    name = f"check_{operation}"
+    signature, seen = inspect.signature(getattr(verify, name)), []
+
+    def check(*arguments):
+        seen.append(signature.bind(*arguments).arguments)
+        return "fine"
+
+    monkeypatch.setattr(verify, name, check)
+    made = Instance(None, 1040, tuning=f"only here, {segments}", segments=segments)
+    record = dataclasses.replace(checked(None), operation=operation, instance=lambda call: made)
+    assert verify.trusted(record, on_gpu(F16))
+    assert seen[0]["dtype"] == F16 and seen[0]["device"] == torch.device("cuda", 0)
+    assert seen[0].get("segments", False) == (segments and operation != "encode")
 
 
 def test_segments_that_fail_their_check_leave_the_kernel_its_table(monkeypatch):

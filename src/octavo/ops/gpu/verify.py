@@ -47,9 +47,8 @@ def trusted(kernel: Kernel, call: Call) -> bool:
         return True
     instance = kernel.instance(call)
     numbers = f"{instance.tokens} tokens" if kernel.operation == "linear" else ""
-    parts = (str(call.dtype), str(call.scales), numbers, f"block {call.block_size}", instance.tuning)
-    if instance.segments:
-        parts += ("segments",)
+    kind = "segments" if instance.segments else ""
+    parts = (str(call.dtype), str(call.scales), numbers, f"block {call.block_size}", instance.tuning, kind)
     key = (kernel.name, str(call.device), *filter(None, parts), f"columns {instance.columns}")
     found = _verdicts.get(key)
     if found is None:
@@ -61,13 +60,15 @@ def trusted(kernel: Kernel, call: Call) -> bool:
                 stacklevel=2,
             )
             return False
-        types = (call.block_size, call.dtype, call.scales, call.device, instance.segments)
+        types = (call.block_size, call.dtype, call.scales, call.device)
 
         def check() -> str:
             if kernel.operation == "linear":
-                return check_linear(instance.run, instance.tokens, instance.columns, *types)
+                return check_linear(
+                    instance.run, instance.tokens, instance.columns, *types, instance.segments
+                )
             if kernel.operation == "decode":
-                return check_decode(instance.run, instance.columns, *types)
+                return check_decode(instance.run, instance.columns, *types, instance.segments)
             return check_encode(instance.run, instance.columns, *types)
 
         with _lock:
