@@ -167,10 +167,21 @@ def test_a_checkpoint_is_marked_when_all_is_in_it(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(demo.MODEL)
     examples = tokenize(records, tokenizer, 32).examples
     recipe = Recipe(max_steps=2, evaluations=2, batch_size=2, max_length=32)
+    moved = finetune.move_into
+
+    def whole(partial, output):
+        # What makes a run a finished one takes all that is told of it along.
+        assert {"adapter_model.safetensors", "training.json", "loss.png", "README.md"} <= {
+            path.name for path in partial.iterdir()
+        }
+        moved(partial, output)
+
+    monkeypatch.setattr(finetune, "move_into", whole)
     origin = Origin(str(demo.MODEL), ["text.txt"], Prompts.of(records, tokenizer))
     finetune.finetune_model(
         load(demo.MODEL, device="cpu"), tokenizer, examples, [], recipe, tmp_path / "out", origin=origin
     )
+    assert (tmp_path / "out" / "training.json").exists() and (tmp_path / "out" / "loss.png").exists()
     for step, before in zip((1, 2), seen, strict=True):
         after = digest(tmp_path / "out" / f"checkpoint-{step}")
         assert "README.md" in before and {**after, MARK: ""} == {**before, MARK: ""}

@@ -273,20 +273,20 @@ class _Marks(TrainerCallback):
 
 
 def _save(trainer: Any, output: Path, origin: Origin | None, recipe: Recipe, outcome: Outcome) -> None:
-    """Write the adapter aside and move it in place whole; then what is told of the run: log, curve, card."""
+    """Write the adapter and what is told of the run (log, curve, card) aside, and move them in place whole, the adapter last."""
     partial = output / "adapter.partial"
     try:
         trainer.save_model(str(partial))
         if trainer.args.should_save:
             if origin is not None:
                 write_card(partial, origin, recipe, outcome.history, output)
+                write_json(partial / "training.json", outcome.history, indent=1)
+                title = f"{origin.base} on {', '.join(origin.data)}"
+                write_curve(outcome.history, partial / "loss.png", title=title)
             move_into(partial, output)
     finally:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
-    if trainer.args.should_save and origin is not None:
-        write_json(output / "training.json", outcome.history, indent=1)
-        write_curve(outcome.history, output / "loss.png", title=f"{origin.base} on {', '.join(origin.data)}")
 
 
 def _padding(tokenizer: Any) -> tuple[int | None, int | None]:
