@@ -1,6 +1,7 @@
 """What every test may use: the device fixture, a seed, and an independent way to de-quantize."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,12 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, os.path.dirname(__file__))
 
 import torch
+
+
+def pytest_configure() -> None:
+    """Started in the background by a shell, this process and those that it starts would ignore Ctrl-C, which some tests send."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
