@@ -88,6 +88,11 @@ def test_a_model_without_a_chat_template(tmp_path):
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers)
         assert answer.status_code == 400
         assert "/v1/completions" in answer.json()["error"]["message"]
+        # Another model's name comes first, as with models that have a template.
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions", json={**body, "model": "another"}, headers=headers
+        )
+        assert answer.status_code == 404
 
 
 def test_an_adapter_is_asked_as_it_was_trained(spanish, tmp_path):

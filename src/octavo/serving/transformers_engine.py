@@ -65,6 +65,7 @@ class _Checked:
         except ValidationError as error:
             raise HTTPException(400, explained(error)) from error
         asked.set(request)
+        self._resolve_model(body)
         if "messages" in body and not self.model_manager.tokenizer.chat_template:
             raise HTTPException(
                 400, "this model has no chat template, it continues texts: ask at /v1/completions"
