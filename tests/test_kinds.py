@@ -48,7 +48,6 @@ CODES = {
 
 @pytest.mark.parametrize("name", list(CODES))
 def test_recognising_is_codebook_segments(name):
-    """Two ways written apart: integers in numpy with the largest unit, and floats in torch with the least."""
     code = CODES[name]()
     wanted = name in ("fitted", "even", "flat", "grid 2^-11", "the ends")
     assert kinds.is_segments(code) == wanted

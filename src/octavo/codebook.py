@@ -20,15 +20,15 @@ Example:
     True
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
 from . import ops
+from .ops.segments import RUN, STEEPEST_BYTE, segments
+
+__all__ = ["dynamic", "fit", "fit_histogram", "segments"]
 
 SIZE = 256
-RUN = 16
 # Odd, so that one bin stands for exactly 0; 32 bins to a code, whose width then changes the error by less than 0.1 %.
 HISTOGRAM_BINS = 8193
 # Steps of Lloyd's rule with free entries, and then with lines through runs of sixteen. On all-MiniLM-L6-v2's matrices, blocks
@@ -43,54 +43,8 @@ GRID_ROUNDS = 60
 BYTE_GRIDS = ((1 << 13, 64), (1 << 12, 32), (1 << 11, 16))
 # For tensors that those serve badly, such as ones with a weight far above all others of its block.
 WIDE_GRID = (1 << 14, 1)
-STEEPEST_BYTE = 127
 # How much more squared error a byte grid may cost before the wide one is taken.
 BYTE_GRID_MAY_COST = 1.1
-
-
-class Segments(NamedTuple):
-    """A codebook as sixteen lines: code[16 h + l] = (base[h] + slope[h] * l) * unit, exactly.
-
-    base, slope: int [16], slope >= 0, every base + slope * l within [-16384, 16384]. unit: a power of two.
-    """
-
-    base: np.ndarray
-    slope: np.ndarray
-    unit: float
-
-    @property
-    def fits_bytes(self) -> bool:
-        """Whether a base is a multiple of 2⁻⁷ in [-1, 127/128] and a slope at most 127 units: the kernels' fast form."""
-        step = round(1 / self.unit) >> 7
-        return bool(
-            step >= 1
-            and (self.base % step == 0).all()
-            and (self.base // step >= -128).all()
-            and (self.base // step <= 127).all()
-            and (self.slope <= STEEPEST_BYTE).all()
-        )
-
-
-def segments(code: torch.Tensor) -> Segments | None:
-    """The sixteen lines that a codebook consists of, found from its values alone; None if it does not.
-
-    The unit is the largest power of two, from 2⁻¹¹ down to 2⁻¹⁴, of which all entries are multiples.
-
-    Args:
-        code: float32 [256].
-    """
-    values = code.detach().cpu().double().numpy()
-    for exponent in range(11, 15):
-        entries = values * (1 << exponent)
-        if np.array_equal(entries, np.rint(entries)) and np.abs(entries).max() <= 1 << exponent:
-            break
-    else:
-        return None
-    runs = entries.astype(np.int64).reshape(RUN, RUN)
-    steps = np.diff(runs, axis=1)
-    if (steps != steps[:, :1]).any() or (steps < 0).any():
-        return None
-    return Segments(runs[:, 0], steps[:, 0], 2.0**-exponent)
 
 
 def dynamic() -> torch.Tensor:

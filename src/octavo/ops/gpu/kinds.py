@@ -16,9 +16,7 @@ Example:
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-RUN = 16
-# Every entry times this is an integer (docs/FORMAT.md).
-GRID = 16384.0
+from ..segments import segments
 
 
 class _Known:
@@ -38,15 +36,7 @@ _known: dict[int, _Known] = {}
 
 def recognise(code: torch.Tensor) -> bool:
     """Whether a codebook, float32 [256] in the host's memory, consists of sixteen segments: exactly, from its values."""
-    steps = code * GRID
-    runs = steps.view(RUN, RUN)
-    differences = runs[:, 1:] - runs[:, :-1]
-    return bool(
-        torch.equal(steps, steps.round())
-        and float(steps.abs().max()) <= GRID
-        and (differences == differences[:, :1]).all()
-        and (differences >= 0).all()
-    )
+    return segments(code) is not None
 
 
 def is_segments(code: torch.Tensor) -> bool:
