@@ -99,8 +99,8 @@ def chosen(values: list[float], trusted: list[bool]) -> list[float]:
     return [value for value, ok in zip(values, trusted, strict=True) if ok] or values
 
 
-def _cell(values: list[float], form: str) -> str:
-    found = spread(values)
+def spread_text(found: dict[str, float], form: str) -> str:
+    """A spread as median (low to high)."""
     return f"{found['median']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
 
 
@@ -122,8 +122,8 @@ def show_models(result: dict, folder: Path) -> None:
             mark = "" if any(trusted) else " !"
             marked = marked or bool(mark)
             cells += [
-                _cell(theirs, ".2f"),
-                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}){mark}",
+                spread_text(spread(theirs), ".2f"),
+                spread_text(ratio, ".2f") + mark,
             ]
             counts.append(f"{sum(trusted)} of {len(trusted)}")
         rows.append(
@@ -135,7 +135,7 @@ def show_models(result: dict, folder: Path) -> None:
             # Where every round was disturbed there is nothing better than all of them.
             values = own[what] or [v for found in result["peers"].values() for v in found[what]["octavo"]]
             groups[what]["octavo"] = spread([1.0])
-            cells += [_cell(values, ".2f"), "1"]
+            cells += [spread_text(spread(values), ".2f"), "1"]
         mine = result["octavo"]
         rows.insert(0, ["octavo", *cells, "", f"{mine['peak_bytes'] / 2**30:.2f}", f"{mine['ready']:.1f}"])
         shape = next(iter(result["shape"]))

@@ -23,7 +23,7 @@ from octavo.bench.turns import take_turns
 
 from .cpu import positive, prepared, start
 from .cpu_engines import SHAPES
-from .cpu_report import RESULTS, machine, save, table
+from .cpu_report import RESULTS, machine, save, spread_text, table
 
 ENGINES = {"octavo": "octavo-f32", "plain": "transformers-f32"}
 # Where every slice of time is fought for, so many tokens are enough to see it.
@@ -92,7 +92,7 @@ def main() -> None:
                 str(row["busy"]),
                 str(row["tokens"]),
                 *(f"{row[name]['median']:.3f}" for name in ("octavo_s", "plain_s")),
-                "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["ratio"]),
+                spread_text(row["ratio"], ".2f"),
             ]
             for row in result["rows"]
         ],

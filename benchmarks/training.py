@@ -23,7 +23,7 @@ from octavo.training.prepare import prepare_for_training
 from octavo.training.recipe import Recipe
 
 from .cpu_engines import SHAPES, make_model
-from .cpu_report import RESULTS, machine, save, spread, table
+from .cpu_report import RESULTS, machine, save, spread, spread_text, table
 
 
 def models(shape: str, dtype: torch.dtype):
@@ -92,16 +92,12 @@ def main() -> None:
         [
             length,
             *(f"{one['median']:.2f}" for one in (found["octavo_s"], found["plain_s"])),
-            _range(found["ratio"]),
+            spread_text(found["ratio"], ".3f"),
         ]
         for length, found in result["lengths"].items()
     ]
     table("a training step", ["tokens", "octavo, s", f"{options.dtype}, s", "octavo / plain"], rows)
     print("written to", save(f"training-{options.shape}", result, options.results))
-
-
-def _range(found: dict[str, float]) -> str:
-    return f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 if __name__ == "__main__":

@@ -314,13 +314,8 @@ def test_segments_that_fail_their_check_leave_the_kernel_its_table(monkeypatch):
             raise nvrtc.CompilationFailed("no such instruction")
         right(x, qdata, absmax, code, block_size, bias, out)
 
-    record = Kernel(
-        name="fast",
-        operation="linear",
-        summary="",
-        run=run,
-        unsupported_reason=lambda call: None,
-        place=lambda call: 1,
+    record = dataclasses.replace(
+        checked(run),
         instance=lambda call: Instance(
             functools.partial(run, segments=call.segments), 1040, segments=call.segments
         ),

@@ -66,39 +66,33 @@ def multiply_constants(tile, segments=False):
 
 
 BLOCKS = {"SIZE": 64, "PADDED": 64, "BLOCKS": 16}
+
+
+def decoding(segments, gather):
+    """The small kernels that decode weights; the gemv's table is gathered or not, the decoder's always is."""
+    kind = {"BLOCK_SIZE": 64, "SEGMENTS": segments}
+    return [
+        SimpleNamespace(
+            kernel=gemv.gemv_kernel,
+            constants={
+                **kind,
+                "HAS_BIAS": True,
+                "GATHER": gather,
+                "EVEN": True,
+                "BLOCK_N": 8,
+                "BLOCK_K": 512,
+            },
+        ),
+        SimpleNamespace(
+            kernel=decode.decode_kernel,
+            constants={**kind, "HAS_IDS": True, "GATHER": True, "BLOCK_K": 1024},
+        ),
+    ]
+
+
 SMALL = [
-    SimpleNamespace(
-        kernel=gemv.gemv_kernel,
-        constants={
-            "BLOCK_SIZE": 64,
-            "HAS_BIAS": True,
-            "GATHER": False,
-            "SEGMENTS": False,
-            "EVEN": True,
-            "BLOCK_N": 8,
-            "BLOCK_K": 512,
-        },
-    ),
-    SimpleNamespace(
-        kernel=decode.decode_kernel,
-        constants={"BLOCK_SIZE": 64, "HAS_IDS": True, "GATHER": True, "SEGMENTS": False, "BLOCK_K": 1024},
-    ),
-    SimpleNamespace(
-        kernel=gemv.gemv_kernel,
-        constants={
-            "BLOCK_SIZE": 64,
-            "HAS_BIAS": True,
-            "GATHER": True,
-            "SEGMENTS": True,
-            "EVEN": True,
-            "BLOCK_N": 8,
-            "BLOCK_K": 512,
-        },
-    ),
-    SimpleNamespace(
-        kernel=decode.decode_kernel,
-        constants={"BLOCK_SIZE": 64, "HAS_IDS": True, "GATHER": True, "SEGMENTS": True, "BLOCK_K": 1024},
-    ),
+    *decoding(segments=False, gather=False),
+    *decoding(segments=True, gather=True),
     SimpleNamespace(
         kernel=gemm.add_partial_kernel, constants={"HAS_BIAS": True, "SPLIT_K": 4, "BLOCK": 1024}
     ),
