@@ -124,6 +124,10 @@ template <int B>
 static inline unsigned byte_of(unsigned q) {
     return (q >> (8 * B)) & 0xffu;
 }
+template <class T>
+static inline const T* settled(const T* shared) {
+    return shared;
+}
 // PTX prmt.b32 in its default mode, for selectors without the sign's digit; dp2a.{lo, hi}.s32.u32.
 template <int SELECTOR>
 static inline unsigned permute(unsigned a, unsigned b) {

@@ -50,6 +50,13 @@ __device__ __forceinline__ float bits_to_float(u32 u) { return __uint_as_float(u
 __device__ __forceinline__ u32 float_to_bits(float f) { return __float_as_uint(f); }
 // A product that the compiler may not fuse into an addition: the weight has one rounding, as in the reference.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+// An address in shared memory, made behind the barrier before it and opaque: no look-up can move in front of it, and the compiler
+// does not take the address apart again.
+__device__ __forceinline__ u32 settled(const void* shared) {
+    u32 address = (u32)__cvta_generic_to_shared(shared), made;
+    asm volatile("mov.u32 %0, %1;" : "=r"(made) : "r"(address) : "memory");
+    return made;
+}
 // Byte B of q. In assembly, because the compiler would turn the byte's extraction and its use as an index into three
 // shifts, masks and additions; as it is, they are one byte permutation and one shifted addition.
 template <int B>

@@ -39,14 +39,7 @@ __device__ __forceinline__ table_ref fill_table(u32* table, const float* code) {
         table[threadIdx.x] = (u32)base << 16 | (u32)slope;
     }
     __syncthreads();
-#ifdef OCTAVO_HOST
-    return table;
-#else
-    // Made here, behind the barrier, and opaque: no look-up can move in front of it.
-    u32 address = (u32)__cvta_generic_to_shared(table), made;
-    asm volatile("mov.u32 %0, %1;" : "=r"(made) : "r"(address) : "memory");
-    return made;
-#endif
+    return settled(table);
 }
 
 // For the four bytes of q, lowest byte first: MAGIC + n.

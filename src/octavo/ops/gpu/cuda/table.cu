@@ -31,16 +31,7 @@ __device__ __forceinline__ table_ref fill_table(float* table, const float* code)
 #pragma unroll
     for (int c = 0; c < COPIES; c++) table[i * COPIES + (c + threadIdx.x) % COPIES] = value;
     __syncthreads();
-    const float* mine = table + threadIdx.x % COPIES;
-#ifdef OCTAVO_HOST
-    return mine;
-#else
-    // Made here, behind the barrier, and opaque: no look-up can move in front of it, and the compiler does not take
-    // the address apart again.
-    u32 address = (u32)__cvta_generic_to_shared(mine), made;
-    asm volatile("mov.u32 %0, %1;" : "=r"(made) : "r"(address) : "memory");
-    return made;
-#endif
+    return settled(table + threadIdx.x % COPIES);
 }
 
 // The four code entries that the bytes of q index, lowest byte first, from this lane's copy of the table.
