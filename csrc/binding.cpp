@@ -172,4 +172,5 @@ NB_MODULE(_native, m) {
   m.def("cpu_features", [] { return std::string(octavo::cpu_features()); });
   m.def("share_openmp_of", &octavo::share_openmp_of, "Use the OpenMP runtime that this loaded library is bound to.");
   m.def("pool", [] { return std::string(octavo::pool()); });
+  m.def("asked_openmp", &octavo::asked_openmp);
 }

@@ -101,6 +101,7 @@ struct OpenMp {
   void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
   int (*in_parallel)() = nullptr;
   std::string description = "own threads";
+  std::atomic<bool> asked{false};  // there was a job for several of its threads
 };
 
 OpenMp& openmp() {
@@ -211,7 +212,7 @@ bool share_openmp_of(const char* library) {
   // Looking a name up through a library's handle searches it and what it depends on: the very runtime it is bound to.
   void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
   if (!handle) return false;
-  OpenMp found;
+  OpenMp& found = openmp();
   void* parallel = dlsym(handle, "GOMP_parallel");
   void* in_parallel = dlsym(handle, "omp_in_parallel");
   if (!parallel || !in_parallel) {
@@ -224,18 +225,21 @@ bool share_openmp_of(const char* library) {
   const char* path = dladdr(parallel, &info) && info.dli_fname ? info.dli_fname : library;
   const std::string file(path);
   found.description = "OpenMP shared with PyTorch (" + file.substr(file.rfind('/') + 1) + ")";
-  openmp() = found;
   return true;
 #endif
 }
 
 const char* pool() { return openmp().description.c_str(); }
 
+bool asked_openmp() { return openmp().asked.load(std::memory_order_relaxed); }
+
 void run_tasks(int64_t tasks, int threads, Body body, void* context) {
   if (threads > tasks) threads = static_cast<int>(tasks);
   Job job(body, context, tasks, threads);
-  const OpenMp& omp = openmp();
-  if (threads <= 1 || inside || forked() || (omp.parallel && omp.in_parallel())) return job.work();
+  OpenMp& omp = openmp();
+  if (threads <= 1 || inside || (omp.parallel && omp.in_parallel())) return job.work();
+  omp.asked.store(omp.parallel, std::memory_order_relaxed);
+  if (forked()) return job.work();
   if (omp.parallel) {
     if (neighbours().busy()) return job.work();
     const int64_t start = nanoseconds();

@@ -22,6 +22,9 @@ bool share_openmp_of(const char* library);
 // "OpenMP shared with <library>" or "own threads".
 const char* pool();
 
+// Whether there was a job for several threads of the shared OpenMP runtime, in this process or in those that it was forked from.
+bool asked_openmp();
+
 using Body = void (*)(void* context, int64_t task, int worker);
 
 // Calls body(context, task, worker) once for every task in [0, tasks), on at most `threads` threads, the calling one among

@@ -57,8 +57,7 @@ def test_power_loss(tmp_path):
     assert len(table) == 6 and all(cases["lost"] for cases in table.values())
 
 
-# Not "forks": many rows in a fork still hang (docs/RELIABILITY.md, "Not done").
-@pytest.mark.parametrize("kind", ["conversions", "writers", "replaced", "loads", "threads"])
+@pytest.mark.parametrize("kind", ["conversions", "writers", "replaced", "loads", "threads", "forks"])
 def test_at_once(kind, tmp_path):
     assert table_of(tmp_path, "at_once", "--only", kind, "--count", "1", *SEED) == {kind: 1}
 

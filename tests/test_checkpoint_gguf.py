@@ -47,6 +47,16 @@ def test_quantized_file_agrees_with_transformers(tmp_path):
             assert torch.equal(source.read(name), theirs[name]), name
 
 
+def test_more_layers_than_the_file_can_fill(tmp_path):
+    """Building them took for ever."""
+    write_llama(tmp_path / "m.gguf", build(CONFIGS["llama"]()))
+    data = (tmp_path / "m.gguf").read_bytes()
+    at = data.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    (tmp_path / "m.gguf").write_bytes(data[:at] + (8_323_074).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(CheckpointError, match="8323074 layers, but the files hold"):
+        open_source(tmp_path / "m.gguf")
+
+
 def write_qwen3_moe(path, model):
     """A GGUF file of a small Qwen 3 MoE: gate, up and down of all experts are one tensor each."""
     import gguf

@@ -31,10 +31,17 @@ with torch.no_grad():
 @pytest.mark.skipif(
     not hasattr(os, "fork") or not cpu.AVAILABLE, reason="forks, and needs the native kernels"
 )
-@pytest.mark.parametrize("rows", [1])  # more rows still hang: docs/RELIABILITY.md, "Not done"
+@pytest.mark.parametrize("rows", [1, 8, 64])
 def test_a_fork_computes_alone(rows):
-    """It waited for ever for threads that only its parent has."""
+    """It waited for ever for threads that only its parent has: in our products, and of many rows in PyTorch's."""
     done = subprocess.run(
         [sys.executable, "-c", CODE.format(rows=rows)], capture_output=True, text=True, timeout=300
     )
     assert done.stdout.split() == ["right", "right"], done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fork_before_computing_keeps_its_threads():
+    code = "import os, torch, octavo, octavo.ops.cpu; torch.set_num_threads(2)\nif not os.fork(): print(torch.get_num_threads(), flush=True)\nelse: os.wait()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["2"], done.stderr[-2000:]

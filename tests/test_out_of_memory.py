@@ -1,5 +1,6 @@
 """Where there is no memory: one line that says so, and no file is blamed."""
 
+import json
 import sys
 
 import pytest
@@ -91,3 +92,17 @@ except Exception as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "told", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_tables_beyond_any_memory_are_the_configurations_fault(eight_bit, tmp_path):
+    """GPT-J computes its rotary angles for all positions that config.json names."""
+    save("gptj", tmp_path / "plain")
+    folder = tmp_path / "plain"
+    if eight_bit:
+        loading.load(folder, device="cpu").save_pretrained(tmp_path / "eight")
+        folder = tmp_path / "eight"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_positions": 2**45}))
+    with pytest.raises(CheckpointError, match=r"config\.json asks for a table .*35184372088832 x"):
+        loading.load(folder, device="cpu")

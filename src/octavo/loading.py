@@ -59,14 +59,7 @@ def load(
     with open_source(src, revision=revision) as source:
         if config is not None and source.eight_bit:
             raise ValueError(f"{src} is quantized already: `config` cannot change how; leave it out")
-        asked = dtype_named(dtype) or compute_dtype(source.dtype, device)
-        if source.native:
-            options = {} if source.eight_bit else {"quantization_config": config or OctavoConfig()}
-            model = from_pretrained(source, asked, device, **options)
-        else:
-            from .checkpoint.build import build_model
-
-            model = build_model(source, config or OctavoConfig(), asked, {"": str(device)})
+        model = _model_of(source, config, dtype_named(dtype) or compute_dtype(source.dtype, device), device)
         from .integrations.attention import use_grouped_attention
 
         use_grouped_attention(model)
@@ -80,6 +73,22 @@ def load(
 
         add_adapter(model, adapter)
     return model.eval()
+
+
+def _model_of(source: Any, config: OctavoConfig | None, dtype: torch.dtype, device: torch.device) -> Any:
+    from .checkpoint.build import build_model
+    from .checkpoint.errors import out_of_memory
+    from .checkpoint.skeleton import check_tables
+
+    try:
+        if not source.native:
+            return build_model(source, config or OctavoConfig(), dtype, {"": str(device)})
+        options = {} if source.eight_bit else {"quantization_config": config or OctavoConfig()}
+        return from_pretrained(source, dtype, device, **options)
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            check_tables(source.model_config())
+        raise
 
 
 def load_tokenizer(src: str | Path, *, revision: str | None = None) -> Any:

@@ -58,3 +58,20 @@ def build_skeleton(config: Any) -> Any:
         ) from error
     model.tie_weights()
     return model.eval()
+
+
+def check_tables(config: Any) -> None:
+    """That the tables which a model computes from its configuration, such as rotary angles, fit into this machine's memory.
+
+    Raises:
+        CheckpointError: naming one that does not.
+    """
+    import psutil
+
+    memory = psutil.virtual_memory().total
+    for name, table in build_skeleton(config).named_buffers():
+        if table.nbytes > memory:
+            raise CheckpointError(
+                f"config.json asks for a table {name} of {' x '.join(map(str, table.shape))} numbers, more than this "
+                "machine's memory; download it again"
+            )

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import CheckpointError
+from ...wording import one_line
+from ..errors import CheckpointError, library_errors
 from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from .source import Source, TensorInfo
+from .source import Source, TensorInfo, check_layers
 
 
 class GgufSource(Source):
@@ -121,9 +122,12 @@ class GgufSource(Source):
                 config = AutoConfig.from_pretrained(str(self.folder), gguf_file=self.path.name)
             else:
                 config = AutoConfig.for_model(**self._parsed_config)
-        except (ValueError, KeyError, TypeError, IndexError, NotImplementedError, OSError) as error:
+            check_layers(config, len(self.header.tensors), self.path)
+        except CheckpointError:
+            raise
+        except library_errors() as error:
             raise CheckpointError(
-                f"{self.path}: transformers cannot read a GGUF of architecture {self.architecture!r}: {error}"
+                f"{self.path}: transformers cannot read a GGUF of architecture {self.architecture!r}: {one_line(error)}"
             ) from error
         config.dtype = _float_type(self.header)
         return config

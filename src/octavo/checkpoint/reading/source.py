@@ -138,17 +138,13 @@ class Source:
         try:
             # Said explicitly: transformers would otherwise ask on the terminal whether to run the checkpoint's code.
             config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self.trust_remote_code)
-            layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+            check_layers(config, len(self.tensors), self.folder / "config.json")
+        except CheckpointError:
+            raise
         except library_errors() as error:
             raise CheckpointError(
                 f"{self.folder / 'config.json'}: transformers cannot make a model of this: {one_line(error)}"
             ) from error
-        # Building what cannot be filled would take for ever.
-        if isinstance(layers, int) and layers > max(MOST_EMPTY_LAYERS, len(self.tensors)):
-            raise CheckpointError(
-                f"{self.folder / 'config.json'}: {layers} layers, but the files hold {len(self.tensors)} tensors; "
-                "download it again"
-            )
         return config
 
     def read(self, name: str) -> torch.Tensor:
@@ -274,6 +270,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), str | dict | None):
             raise CheckpointError(f"{path}: {key}: expected the name of a type, found {config[key]!r:.60}")
     return config
+
+
+def check_layers(config: Any, tensors: int, place: Path) -> None:
+    """That the files can fill the layers of a model: building what they cannot would take for ever.
+
+    Args:
+        config: of the model.
+        tensors: how many the files hold.
+        place: the file that speaks of the layers.
+
+    Raises:
+        CheckpointError: if there are more layers than tensors.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > max(MOST_EMPTY_LAYERS, tensors):
+        raise CheckpointError(f"{place}: {layers} layers, but the files hold {tensors} tensors; download it again")
 
 
 def stated_dtype(config: Mapping[str, Any]) -> torch.dtype | None:

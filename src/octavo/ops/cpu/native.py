@@ -66,7 +66,16 @@ def _load() -> tuple[bool, str]:
     return True, why
 
 
+def _compute_alone() -> None:
+    """In a fork of a process that has computed with several threads: the fork has none of them, and GNU's OpenMP would wait for
+    them for ever, in PyTorch's own operations too. One thread waits for nobody. PyTorch's DataLoader does the same."""
+    if library.asked_openmp() and "gomp" in library.pool():
+        torch.set_num_threads(1)
+
+
 AVAILABLE, _reason = _load()
+if AVAILABLE and hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_alone)
 
 
 def status() -> dict[str, object]:
