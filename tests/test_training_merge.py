@@ -104,6 +104,45 @@ def test_tied_weights_are_untied_on_purpose(to, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("to", ["8bit", "float16"])
+def test_tied_weights_in_float_are_untied_as_well(to, tmp_path):
+    """The adapter changes the head, and the files hold what it shares with the embedding under the embedding's name."""
+    model = octavo.quantize_model(llama_tied(), octavo.OctavoConfig(skip=["embed_tokens", "lm_head"]))
+    model.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    options = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
+    model = peft.get_peft_model(model, options)
+    move_adapters(model)
+    model.save_pretrained(tmp_path / "adapter")
+    result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", to)
+    assert set(result.untied) == {"model.embed_tokens.weight", "lm_head.weight"}
+    again = octavo.load(tmp_path / "out", dtype="float32", device="cpu")
+    assert again.lm_head.weight is not again.model.embed_tokens.weight
+    assert relative_error(logits(again), logits(model)) < 0.03
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("to", ["8bit", "float16"])
+def test_an_embedding_that_the_adapter_saves_as_it_was(to, tmp_path):
+    """PEFT writes embeddings and heads in float that have an adapter on them beside it: the adapter still counts."""
+    base = quantized(gptj)
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    options = peft.LoraConfig(r=4, lora_alpha=64, task_type="CAUSAL_LM", target_modules=["wte", "lm_head"])
+    model = peft.get_peft_model(plain_twin(base), options)
+    move_adapters(model, scale=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    assert any(
+        ".base_layer." in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    )
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", to)
+    merged = octavo.load(tmp_path / "out", dtype="float32", device="cpu")
+    on_top = octavo.load(tmp_path / "base", adapter=tmp_path / "adapter", dtype="float32", device="cpu")
+    for again in (merged, on_top):
+        assert relative_error(logits(again), logits(model)) < 0.03
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_tied_weights_that_are_not_changed_stay_tied(tmp_path):
     saved(llama_tied, tmp_path, target_modules=["q_proj"])
     result = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

@@ -12,6 +12,9 @@ skip list, run by the kernels of a random instruction set. Reference: the plain 
     one by one         tokens decoded with a cache give the logits of the whole pass
     saved and loaded   the same parameters bit for bit and logits as above, from `save_pretrained` and from a streamed conversion
                        of the plain model
+    merged             a random LoRA adapter merged into the folder of 8 bits: weights that it does not touch stay,
+                       the others are PEFT's own merge of the plain float32 model, within what their type costs
+    exported           to GGUF in float32, and read back: the same weights, bit for bit (architectures that transformers reads)
 
 A fault is printed with the seed that repeats it, and the exit status is 1.
 """
@@ -21,16 +24,22 @@ import random
 import sys
 import tempfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import octavo
-from octavo.checkpoint import convert
+from octavo.checkpoint import convert, open_source
+from octavo.export import export_gguf
+from octavo.merging.merge import merge
 from octavo.model import dequantize_model
 from octavo.ops import cpu
 
+from ..models import move_adapters
 from ..models.checkpoints import build
+from ..models.tokenizers import byte_level_tokenizer
 from . import runner
 
 VOCABULARY = 97
@@ -39,6 +48,11 @@ ONE_BY_ONE = 20
 # How much farther from float64 than the plain model's own error, and what is always allowed, relative to the size of the logits.
 FACTOR = 2.0
 ALWAYS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# Architectures that `octavo export` writes and transformers reads.
+EXPORTED = ("llama", "mistral", "qwen2", "gpt2")
+# What storing merged weights may add, as a squared error relative to the weights, by the type that they are merged to. Adapters
+# are so large that a wrong merge is ten times beyond.
+MERGED = {"8bit": 1e-3, "float16": 1e-6, "bfloat16": 3e-5}
 
 
 def configuration(rng: random.Random):
@@ -60,7 +74,8 @@ def configuration(rng: random.Random):
         "max_position_embeddings": 128,
         "tie_word_embeddings": tied,
     }
-    gpt = {"vocab_size": VOCABULARY, "n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 128}
+    # transformers' GGUF support takes 1024 positions for granted.
+    gpt = {"vocab_size": VOCABULARY, "n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 1024}
     neox = {key: llama[key] for key in llama if key != "num_key_value_heads"}
     makers = {
         "llama": lambda: tf.LlamaConfig(**llama, attention_bias=rng.random() < 0.3),
@@ -71,7 +86,7 @@ def configuration(rng: random.Random):
         "phi": lambda: tf.PhiConfig(**llama),
         "mixtral": lambda: tf.MixtralConfig(**llama, num_local_experts=3),
         "qwen3_moe": lambda: tf.Qwen3MoeConfig(
-            **llama, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+            **llama, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
         ),
         "gpt2": lambda: tf.GPT2Config(**gpt, tie_word_embeddings=tied),
         "gptj": lambda: tf.GPTJConfig(**gpt, rotary_dim=8, tie_word_embeddings=tied),
@@ -115,7 +130,7 @@ def case(seed: int, folder: Path) -> tuple[str, list[str]]:
     model = octavo.quantize_model(copy.deepcopy(plain), how).to(dtype)
     reference = dequantize_model(copy.deepcopy(model), torch.float32)
     exact = copy.deepcopy(reference).to(torch.float64)
-    same_type = reference.to(dtype)
+    same_type = copy.deepcopy(reference).to(dtype)
     if hasattr(config, "num_local_experts") or hasattr(config, "num_experts"):
         # The others take no float64, and sizes that are multiples of 16 bytes alone.
         exact.set_experts_implementation("eager")
@@ -163,7 +178,81 @@ def case(seed: int, folder: Path) -> tuple[str, list[str]]:
                     break
     if octavo.fallbacks():
         faults.append(f"de-quantized whole weights: {octavo.fallbacks()}")
+    to = rng.choice(list(MERGED))
+    faults += [f"merged to {to}: {fault}" for fault in merged(folder, config, reference, to, rng)]
+    # Nor does it read biases of attention where the architecture's own models have none.
+    if config.model_type in EXPORTED and not getattr(config, "attention_bias", False):
+        faults += [f"exported: {fault}" for fault in exported(folder, reference)]
     return what, faults
+
+
+def merged(folder: Path, config, reference, to: str, rng: random.Random) -> list[str]:
+    """The faults of an adapter merged into `folder`/eight, whose weights `reference` holds in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    ends = (reference.get_input_embeddings(), reference.get_output_embeddings())
+    # PEFT merges into what is tied, and so changes both; Octavo unties.
+    leaves = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in reference.named_modules()
+            if hasattr(module, "weight")
+            and module.weight.dim() == 2
+            and not (config.tie_word_embeddings and module in ends)
+        }
+    )
+    options = LoraConfig(
+        r=rng.choice([1, 4, 7]),
+        lora_alpha=rng.choice([4, 16]),
+        use_rslora=rng.random() < 0.3,
+        target_modules=rng.sample(leaves, rng.randint(1, len(leaves))),
+        bias=rng.choice(["none", "none", "all"]),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(copy.deepcopy(reference).float(), options)
+    move_adapters(model, seed=rng.randrange(1000), scale=0.2)
+    model.save_pretrained(folder / "adapter")
+    merge(folder / "eight", folder / "adapter", folder / "merged", to)
+    right = dict(model.merge_and_unload().named_parameters())
+    plain, faults = dict(reference.named_parameters()), []
+    before = _weights(octavo.load(folder / "eight", dtype="float32", device="cpu"))
+    load = octavo.load if to == "8bit" else AutoModelForCausalLM.from_pretrained
+    after = _weights(load(folder / "merged", dtype=torch.float32))
+    for name, value in right.items():
+        if to == "8bit" and torch.equal(value, plain[name]):
+            if not torch.equal(after[name], before[name]):
+                faults.append(f"{name} was not touched, and is another")
+            continue
+        error = ((after[name] - value).norm() / value.norm().clamp_min(1e-30)).square()
+        if not error <= MERGED[to]:
+            faults.append(f"{name}: squared error {error:.1e}")
+    return faults
+
+
+def _weights(model) -> dict[str, torch.Tensor]:
+    """Name → the parameter, plain, in float32."""
+    return {
+        name: (p.dequantize() if hasattr(p, "qdata") else p).detach().float()
+        for name, p in model.named_parameters()
+    }
+
+
+def exported(folder: Path, reference) -> list[str]:
+    """The faults of `folder`/eight, whose weights `reference` holds in float32, as a GGUF file."""
+    _tokenizer().save_pretrained(folder / "eight")
+    export_gguf(folder / "eight", folder / "exported.gguf", "f32")
+    with open_source(folder / "exported.gguf") as source:
+        right = dict(reference.named_parameters())
+        if missing := right.keys() ^ source.tensors.keys():
+            return [f"other parameters: {sorted(missing)}"]
+        return [
+            f"{name} differs" for name, value in right.items() if not torch.equal(source.read(name), value)
+        ]
+
+
+@cache
+def _tokenizer():
+    return byte_level_tokenizer()
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

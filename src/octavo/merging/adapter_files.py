@@ -43,7 +43,8 @@ class Adapter:
     Attributes:
         sides: name of a weight → the tensors in the file that change it, by kind (SIDES). Adapters on stacks of experts are
             only there after `place_on_stacks`.
-        values: name of a parameter that was trained whole → its tensor in the file.
+        values: name of a parameter that was trained whole → its tensor in the file. Also of an embedding or a head in float that
+            has an adapter on it: PEFT saves it as it was, and the adapter is added to that.
 
     Raises:
         ValueError: if the folder holds none, or one of a kind that cannot be merged tensor by tensor.

@@ -29,7 +29,7 @@ from ..checkpoint.units import plan_units
 from ..checkpoint.writing.output_directory import choose_output_directory
 from ..checkpoint.writing.writer import MAX_SHARD_SIZE, CheckpointWriter, Progress
 from ..config import OctavoConfig
-from ..model import Entry, Plan, holds_transpose, plan_model
+from ..model import Entry, Plan, holds_transpose
 from ..quantizer import Packed
 from ..training.prompts import read_prompts
 from .adapter_files import Adapter
@@ -165,10 +165,9 @@ class MergedSource(SourceOver):
                 f"{self.adapter.folder}: the adapter changes {unknown[0]}, which this model does not have; it was "
                 f"trained on {self.adapter.config.get('base_model_name_or_path')}"
             )
-        for entry in plan_model(self.model, self.options).entries.values():
-            group = (entry.name, *entry.aliases)
+        for group in self._names_of_one():
             home = next((homes[name] for name in group if name in homes), None)
-            if entry.aliases and home is not None and changed & set(group):
+            if len(group) > 1 and home is not None and changed & set(group):
                 # The adapter changes one of several names of one tensor: from here on they are several tensors.
                 homes.update(dict.fromkeys(group, home))
                 self.untied += group
@@ -180,6 +179,13 @@ class MergedSource(SourceOver):
             )
         return homes
 
+    def _names_of_one(self) -> list[list[str]]:
+        """The names of each parameter of the model: several of one that is tied."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        return list(names.values())
+
     def save_auxiliary(self, out: Path) -> list[str]:
         """The model's side files, and what the adapter was trained on: the merged model is asked in the same way."""
         copied = super().save_auxiliary(out)
@@ -190,10 +196,7 @@ class MergedSource(SourceOver):
 
     def plan(self) -> Plan:
         """What stays in 8 bits is what is in 8 bits: the files say so, whatever a rule would choose today."""
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        aliases = {name: [n for n in group if n != name] for group in names.values() for name in group}
+        aliases = {name: [n for n in group if n != name] for group in self._names_of_one() for name in group}
         entries = {}
         for name in self.quantized:
             shape, turned = self.tensors[name].shape, self._is_turned(name)
@@ -236,11 +239,14 @@ class MergedSource(SourceOver):
     def read(self, name: str) -> torch.Tensor:
         """A parameter with the adapter in it, as the model holds it; float32, or of the type asked for."""
         home, wanted = self._homes[name], self.tensors[name].dtype
+        turned = self._is_turned(name)
         if name in self.adapter.values:
-            return self.adapter.file.get_tensor(self.adapter.values[name]).to(wanted)
-        value, turned = self._inner.read(home), self._is_turned(name)
-        if home in self._inner.quantized and turned:
-            value = value.mT
+            # Trained whole; or an embedding, or a head, that PEFT saves beside what it adds to it.
+            value = self.adapter.file.get_tensor(self.adapter.values[name])
+        else:
+            value = self._inner.read(home)
+            if home in self._inner.quantized and turned:
+                value = value.mT
         if name in self.adapter.sides:
             # PEFT has layers' weights with outputs as rows, and stacks as the model has them.
             turned = turned and not self.adapter.is_stack(name)

@@ -285,7 +285,9 @@ def check_layers(config: Any, tensors: int, place: Path) -> None:
     """
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > max(MOST_EMPTY_LAYERS, tensors):
-        raise CheckpointError(f"{place}: {layers} layers, but the files hold {tensors} tensors; download it again")
+        raise CheckpointError(
+            f"{place}: {layers} layers, but the files hold {tensors} tensors; download it again"
+        )
 
 
 def stated_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
