@@ -42,6 +42,13 @@ def test_a_fork_computes_alone(rows):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_fork_before_computing_keeps_its_threads():
-    code = "import os, torch, octavo, octavo.ops.cpu; torch.set_num_threads(2)\nif not os.fork(): print(torch.get_num_threads(), flush=True)\nelse: os.wait()"
+    code = """
+import os, torch, octavo.ops.cpu
+torch.set_num_threads(2)
+if os.fork():
+    os.wait()
+else:
+    print(torch.get_num_threads(), flush=True)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["2"], done.stderr[-2000:]
