@@ -460,3 +460,7 @@ def test_a_damaged_adapter(plain, tmp_path):
         with pytest.raises(ValueError) as caught:
             octavo.load(plain, adapter=tmp_path / "adapter", device="cpu")
         assert "\n" not in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
+    for change in ({"r": 2**46}, {"rank_pattern": {"q_proj": 2**46}}):
+        config.write_text(json.dumps({**json.loads(settings), **change}))
+        with pytest.raises(CheckpointError, match=r"(r|rank_pattern) = 70368744177664: there is no memory"):
+            octavo.load(plain, adapter=tmp_path / "adapter", device="cpu")

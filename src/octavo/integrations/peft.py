@@ -15,6 +15,7 @@ Example:
     ['published']
 """
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from torch import nn
 from ..checkpoint.errors import CheckpointError, library_errors, out_of_memory
 from ..checkpoint.reading.locate import locate_adapter
 from ..checkpoint.reading.published_adapters import lora_options
-from ..checkpoint.reading.safetensors_source import check_adapter_file
+from ..checkpoint.reading.safetensors_source import check_adapter_file, read_header
 from ..tensor import OctavoTensor
 from ..wording import one_line
 
 ADAPTER_NAME = "published"
+# No rank, number of tokens or width of an adapter is larger than this.
+LARGE = 1 << 20
 
 
 def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
@@ -68,6 +71,7 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
         raise _not_of_this_model(adapter, f"it holds no {error.args[0]}") from error
     except (RuntimeError, ValueError) as error:
         if out_of_memory(error):
+            _check_sizes(Path(adapter))
             raise
         # The first of PEFT's lines is a heading, each that follows names a tensor.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -87,6 +91,26 @@ def add_adapter(model: Any, adapter: str | Path, name: str = "default") -> None:
     # What transformers' own functions for adapters ask for.
     model.peft_config = {name: wrapped.peft_config[name]}
     model._hf_peft_config_loaded = True
+
+
+def _check_sizes(adapter: Path) -> None:
+    """Where there was no memory: that adapter_config.json asks for no more than its tensors have.
+
+    Raises:
+        CheckpointError: naming a setting beyond any dimension of any tensor.
+    """
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.exists():
+        return
+    largest = max((size for entry in read_header(weights)[0].values() for size in entry.shape), default=0)
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        for size in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(size, int) and size > max(largest, LARGE):
+                raise CheckpointError(
+                    f"{adapter / 'adapter_config.json'}: {name} = {size}: there is no memory for that, and no tensor in "
+                    f"{weights.name} has more than {largest} rows or columns; the two are not of one adapter"
+                )
 
 
 def _changes_what_is_not_there(key: str, wrapped: Any) -> bool:
