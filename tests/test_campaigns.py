@@ -36,6 +36,12 @@ def test_hostile_files(tmp_path):
     assert len(table) == 6 and all(sum(verdicts.values()) == 25 for verdicts in table.values())
 
 
+def test_files_that_coverage_guides(tmp_path):
+    pytest.importorskip("atheris", reason="pip install atheris")
+    table = table_of(tmp_path, "guided", "--count", "1000", "--seed", "1000")
+    assert len(table) == 12 and all(found["read"] == 1000 for found in table.values())
+
+
 def test_silently_wrong(tmp_path):
     assert sum(table_of(tmp_path, "differential", "--count", "12", *SEED).values()) == 12
 

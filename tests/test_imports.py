@@ -12,7 +12,7 @@ import octavo
 ROOT = Path(octavo.__file__).parent
 # From the foundation up; what stands on one line does not import one another.
 ORDER = [
-    ["config", "text_files", "wording"],
+    ["config", "json_files", "text_files", "wording"],
     ["hub_datasets"],
     ["ops"],
     ["codebook"],

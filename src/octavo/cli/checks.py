@@ -6,12 +6,11 @@ Example:
     octavo.checkpoint.errors.CheckpointError: no/such/model: no such file or folder, ...
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from octavo.checkpoint.reading.locate import NEWEST, Hub, Location, locate, locate_adapter
 from octavo.checkpoint.writing.output_directory import check_writable
+from octavo.json_files import read_object
 
 # Ends of the names of classes that do not continue a text, and of those among them that do.
 OTHERS = (
@@ -52,9 +51,9 @@ def check_model(model: str, what_for: str = "", adapter: str | None = None, hub:
 def architecture(folder: Path) -> str:
     """The class that a model's config.json names; "" if it names none."""
     try:
-        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str((config.get("architectures") or [""])[0])
-    except (OSError, ValueError, AttributeError):
+        names = read_object(folder / "config.json").get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
+    except (OSError, ValueError):
         # Whoever loads the model says what is wrong with it.
         return ""
 

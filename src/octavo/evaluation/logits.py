@@ -239,7 +239,7 @@ class LogitsReader:
             found = (
                 json.loads(self._file.get_tensor("about").numpy().tobytes()) if "about" in self._names else {}
             )
-        except ValueError:
+        except (ValueError, RecursionError):
             found = {}
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise self._damaged("holds no saved logits")

@@ -15,7 +15,6 @@ Example:
     ['published']
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from ..checkpoint.errors import CheckpointError, library_errors, out_of_memory
 from ..checkpoint.reading.locate import locate_adapter
 from ..checkpoint.reading.published_adapters import lora_options
 from ..checkpoint.reading.safetensors_source import check_adapter_file, read_header
+from ..json_files import read_object
 from ..tensor import OctavoTensor
 from ..wording import one_line
 
@@ -103,7 +103,7 @@ def _check_sizes(adapter: Path) -> None:
     if not weights.exists():
         return
     largest = max((size for entry in read_header(weights)[0].values() for size in entry.shape), default=0)
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_object(adapter / "adapter_config.json")
     for name, value in settings.items():
         for size in value.values() if isinstance(value, dict) else [value]:
             if isinstance(size, int) and size > max(largest, LARGE):

@@ -7,7 +7,6 @@ Example:
     (torch.Size([256, 256]), 6)
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.reading.safetensors_source import check_adapter_file
+from ..json_files import read_object
 
 PREFIX = "base_model.model."
 SIDES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -56,9 +56,9 @@ class Adapter:
         self.folder = Path(folder)
         check_adapter_file(self.folder)
         try:
-            self.config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
+            self.config = read_object(self.folder / "adapter_config.json")
             self.file = safe_open(self.folder / "adapter_model.safetensors", "pt")
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{folder}: expected a PEFT adapter folder with adapter_config.json and adapter_model.safetensors ({error})"
             ) from error

@@ -7,11 +7,11 @@ Example:
 """
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.reading.locate import Location
+from ..json_files import read_object
 
 VLLM, TRANSFORMERS = "vllm", "transformers"
 # What transformers' server needs, beside what Octavo brings.
@@ -70,7 +70,7 @@ def _served_by_vllm(found: Location, adapter: Path | None) -> tuple[bool, str]:
             f"vLLM reads Octavo folders, and this is a {found.format} file; `octavo quantize` makes one of it",
         )
     try:
-        config = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(found.folder / "config.json")
     except (OSError, ValueError):
         return False, "vLLM needs a config.json"
     if (config.get("quantization_config") or {}).get("quant_method") != "octavo":

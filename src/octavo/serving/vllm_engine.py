@@ -5,10 +5,11 @@ Example:
     (True, "vLLM 0.32.0 is installed and knows LlamaForCausalLM")
 """
 
-import json
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ..json_files import read_object
 
 # Ranks that vLLM's LoRA kernels know.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -50,7 +51,7 @@ def _entry() -> list[str]:
 
 def adapter_problem(adapter: Path) -> str:
     """What vLLM's LoRA does not have of an adapter; "" if nothing."""
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(adapter / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         return f"of type {config.get('peft_type')}"
     if config.get("use_dora"):
@@ -90,7 +91,7 @@ def command(
     line += ["--middleware", "octavo.serving.door.Door", "--shutdown-timeout", str(GRACE_SECONDS)]
     line += ["--disable-uvicorn-access-log"]
     if adapter is not None:
-        rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        rank = read_object(adapter / "adapter_config.json")["r"]
         fitting = next(size for size in RANKS if size >= rank)
         line += ["--enable-lora", "--lora-modules", f"{names[1]}={adapter}", "--max-lora-rank", str(fitting)]
     if template is not None:

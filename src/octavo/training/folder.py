@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.writing.durable import sync, sync_all, write_json
 from ..checkpoint.writing.output_directory import check_writable
+from ..json_files import read_object
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def newest_checkpoint(folder: str | Path) -> Path:
             continue
         try:
             # The Trainer writes its state last.
-            step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        except (OSError, ValueError, KeyError):
+            step = int(read_object(path / "trainer_state.json")["global_step"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         if (path / "adapter_config.json").exists() or (path / "pytorch_model_fsdp_0").exists():
             found.append((step, path))
@@ -59,8 +60,8 @@ def newest_checkpoint(folder: str | Path) -> Path:
 def marks(folder: str | Path) -> bool:
     """Whether a run marks its checkpoints: others' runs do not."""
     try:
-        return bool(json.loads((Path(folder) / OPTIONS_FILE).read_text(encoding="utf-8")).get(MARKED))
-    except (OSError, ValueError, AttributeError):
+        return bool(read_object(Path(folder) / OPTIONS_FILE).get(MARKED))
+    except (OSError, ValueError):
         return False
 
 
@@ -87,7 +88,7 @@ def keep_options(
     marked = marks(output) if resume else True
     options = {**recipe.to_dict(), "data": _digest(train), "validation": _digest(held_out)}
     if resume and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_object(path)
         other = {
             name: (before[name], value) for name, value in options.items() if before.get(name, value) != value
         }

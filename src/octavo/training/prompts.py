@@ -14,7 +14,6 @@ Example:
     {'input_ids': tensor([[...]]), 'attention_mask': ...}
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.writing.durable import write_json
+from ..json_files import read_object
 
 PROMPTS_FILE = "octavo_prompts.json"
 PLAIN, CHAT = "plain", "chat"
@@ -79,9 +79,9 @@ def read_prompts(source: str | Path) -> Prompts | None:
     if path is None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
         kind = found["prompts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path}: expected what `octavo finetune` writes, found something else; remove it and choose --chat or --no-chat"
         ) from error

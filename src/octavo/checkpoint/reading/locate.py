@@ -6,7 +6,6 @@ Example:
     [PosixPath('model/model.safetensors')]
 """
 
-import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...json_files import read_object
 from ..errors import CheckpointError
 from .regular import require_regular
 from .side_files import SENTENCE_MODULES, SIDECARS, choose_side_files, sentence_parts
@@ -160,9 +160,8 @@ def _refuse_adapter(folder: Path) -> None:
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").exists():
         return
     try:
-        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = found.get("base_model_name_or_path") or "MODEL"
-    except (OSError, ValueError, AttributeError):
+        base = str(read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "MODEL")
+    except (OSError, ValueError):
         base = "MODEL"
     raise CheckpointError(
         f"{folder} is an adapter, which goes on top of the model that it was trained on: "

@@ -17,7 +17,6 @@ Example:
     {}
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ...json_files import read_object
 from ..errors import CheckpointError
 from .side_files import SIDECARS
 from .source import Source, TensorInfo, read_config
@@ -132,10 +132,9 @@ def _said(folder: Path) -> str:
     for name in SIDECARS:
         if (folder / name).exists():
             try:
-                content = json.loads((folder / name).read_text(encoding="utf-8"))
+                value = read_object(folder / name).get("quant_method")
             except ValueError:
-                content = None
-            value = content.get("quant_method") if isinstance(content, dict) else None
+                value = None
             return str(value or f"not named in {name}")
     return ""
 

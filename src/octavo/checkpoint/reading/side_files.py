@@ -76,7 +76,7 @@ def sentence_parts(modules: Path) -> list[str]:
     """Sub-folders that sentence-transformers' modules.json names; none if it is missing or says nothing of the kind."""
     try:
         content = json.loads(modules.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     rows = content if isinstance(content, list) else []
     paths = [row.get("path") for row in rows if isinstance(row, dict)]

@@ -11,7 +11,6 @@ Example:
     torch.float16
 """
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from ...config import OctavoConfig
+from ...json_files import read_object
 from ...ops.schema import DTYPES_BY_NAME
 from ...quantizer import Packed
 from ...wording import one_line
@@ -257,15 +257,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     require_regular(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_object(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing: expected the model's config.json beside its weights; download it as well"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
     for key in ("dtype", "torch_dtype"):
         if not isinstance(config.get(key), str | dict | None):
             raise CheckpointError(f"{path}: {key}: expected the name of a type, found {config[key]!r:.60}")

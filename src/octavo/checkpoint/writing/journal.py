@@ -135,19 +135,27 @@ class Journal:
             os.fsync(file.fileno())
 
 
+def _is_line(line: Any, first: bool) -> bool:
+    """Whether this is what a line of a journal is: anything else, and all after it, counts as not written."""
+    if not isinstance(line, dict) or first:
+        return isinstance(line, dict)
+    return all(isinstance(line.get(key), int) for key in ("unit", "shard") if key in line or key == "shard")
+
+
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Whole lines of a journal, and the bytes they take."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return [], 0
-    lines, length = [], 0
+    lines: list[dict[str, Any]] = []
+    length = 0
     for raw in data.splitlines(keepends=True):
         try:
             line = json.loads(raw)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             break
-        if not raw.endswith(b"\n") or not isinstance(line, dict):
+        if not raw.endswith(b"\n") or not _is_line(line, first=not lines):
             break
         lines.append(line)
         length += len(raw)
