@@ -1,4 +1,5 @@
-"""Part "generate": `model.generate` as users call it, eagerly and with a static cache, which transformers compiles.
+"""Part "generate": `model.generate` as users call it: eagerly, by a CUDA graph as `octavo generate` does, and with a static
+cache, which transformers compiles.
 
 GPT-J-6B's width with few layers, so that compiling fits the time; tokens a second do not carry over to the whole model, the
 ratios do. A compiled model must be no slower than the eager one at any batch.
@@ -7,6 +8,8 @@ ratios do. A compiled model must be no slower than the eager one at any batch.
 import time
 
 import torch
+
+from octavo.integrations.cuda_graph import decoding_by_graph
 
 from .gpu_common import Report, synchronize
 from .gpu_models import build, free
@@ -27,6 +30,11 @@ def run(report: Report, device: str, tiny: bool) -> None:
             options |= {"min_new_tokens": new, "max_new_tokens": new}
             row = {"model": kind, "batch": batch}
             row["eager tok/s"] = batch * new / timed(model, ids, options, device)[1]
+            with decoding_by_graph(model) as graphs:
+                row["graph tok/s"] = batch * new / timed(model, ids, options | graphs.options, device)[1]
+            row["graph / eager"] = row["graph tok/s"] / row["eager tok/s"]
+            if graphs.eager:
+                report.fact(**{f"{kind}, batch {batch}: no graph": graphs.eager})
             static = options | {"cache_implementation": "static"}
             row["seconds to compile"], seconds = timed(model, ids, static, device)
             row["static tok/s"] = batch * new / seconds

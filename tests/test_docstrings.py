@@ -25,6 +25,7 @@ NOT_RUN = {
     "serving.vllm_engine": "needs vLLM",
     "integrations.vllm.config": "needs vLLM",
     "integrations.vllm.weights": "needs vLLM",
+    "integrations.cuda_graph": "needs a GPU",
     "ops.gpu": "needs a GPU",
     "ops.gpu.nvrtc": "needs a GPU",
     "ops.gpu.kernels.cuda_decode": "needs a GPU",

@@ -134,3 +134,35 @@ def test_a_whole_decoding_step_is_captured(model, device):
         graph.replay()
         torch.cuda.synchronize()
     assert torch.isfinite(logits).all()
+
+
+def test_octavo_generate_decodes_by_a_graph(model, device):
+    """As `octavo generate` does, without compiling; the same tokens as eagerly."""
+    from octavo.integrations.cuda_graph import decoding_by_graph
+
+    ids = torch.randint(3, model.config.vocab_size, (1, 7), device=device)
+    options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20, "pad_token_id": 0}
+    with torch.inference_mode():
+        # With the same cache: other kernels of attention round in other ways.
+        right = model.generate(ids, cache_implementation="static", disable_compile=True, **options)
+        for _ in range(2):
+            with decoding_by_graph(model) as graphs:
+                found = model.generate(ids, **graphs.options, **options)
+            assert graphs.eager == "" and graphs.replayed == 17
+            assert torch.equal(found, right)
+
+
+def test_a_step_that_waits_goes_on_eagerly(model, device, monkeypatch):
+    """Recording it fails; what runs afterwards is in the right order and gives the same tokens."""
+    from octavo.integrations.cuda_graph import decoding_by_graph
+
+    ids = torch.randint(3, model.config.vocab_size, (1, 7), device=device)
+    options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20, "pad_token_id": 0}
+    right = model.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    head = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: head(x) if x.sum().item() < 1e30 else x)
+    stream = torch.cuda.current_stream()
+    with decoding_by_graph(model) as graphs:
+        found = model.generate(ids, **graphs.options, **options)
+    assert graphs.eager and graphs.replayed == 0 and torch.cuda.current_stream() == stream
+    assert torch.equal(found, right)

@@ -42,6 +42,13 @@ def generate(
             metavar="TEXT", help="The system text of the conversation. Default: as the adapter was trained."
         ),
     ] = None,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="On a GPU: record the decoding of a token once, and replay it. Models that cannot be recorded decode as usual.",
+        ),
+    ] = True,
     adapter: Adapter = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -108,12 +115,17 @@ def generate(
         write=lambda piece: print(piece, end="", flush=True),
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
+        cuda_graph=cuda_graph,
         **sampling,
     )
     print()
     say(messages)
+    if result.eager:
+        say(messages, f"note: decoded without a CUDA graph: {result.eager}", style="yellow")
+    where = f"{network.dtype} on {network.device}".removeprefix("torch.")
+    by = ", CUDA graph" if result.replayed and not result.eager else ""
     say(
         messages,
         f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s (first after {result.first_token_seconds:.2f} s; "
-        f"loaded in {loaded:.1f} s; {network.dtype} on {network.device})".replace("torch.", ""),
+        f"loaded in {loaded:.1f} s; {where}{by})",
     )
