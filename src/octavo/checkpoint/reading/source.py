@@ -30,8 +30,8 @@ from ..errors import CheckpointError, library_errors
 from .regular import require_regular
 from .side_files import side_files
 
-# Layers that a model may have in any case, whatever its files hold.
-MOST_EMPTY_LAYERS = 1000
+# Layers that a model may have in any case, whatever its files hold: they may share tensors.
+MOST_EMPTY_LAYERS = 128
 # Where the configuration of a model of several parts keeps that of its language model.
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder")
 
