@@ -233,8 +233,8 @@ class GgufSource(Source):
 class _Outline:
     """A model as transformers' mapping of names looks at it, without the layers one by one.
 
-    It asks each module of a model in turn, and for each it makes the table of all names anew: half a minute for 127 layers. No name
-    is found in a layer that is not found above it.
+    It asks each module of a model in turn, and for each makes the table of all names anew: 49 s for 80 layers, so 0.4 s (one core
+    of a Zen 4). No name is found in a layer that is not found above it.
     """
 
     def __init__(self, module: Any, config: Any = None):
