@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import octavo
 
 from .conftest import relative_error
+from .versions import needs
 
 COMMON = {
     "vocab_size": 96,
@@ -75,6 +76,7 @@ def test_every_implementation_of_experts(kind, implementation, no_fallbacks):
 
 
 @pytest.mark.filterwarnings("ignore")
+@needs("peft", "0.21", "adds an adapter to a de-quantized copy of all experts")
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_training_adapters_of_experts(kind, implementation, no_fallbacks):

@@ -12,6 +12,7 @@ from octavo.checkpoint import CheckpointError, convert, open_source
 from octavo.evaluation.models import load_as_it_is
 
 from .models.checkpoints import logits, save
+from .versions import needs
 
 
 def brute_scale(data, scale, rows, columns):
@@ -152,6 +153,7 @@ def test_packed_weights_convert_and_load_as_their_exact_values(method, said, tmp
     assert torch.equal(logits(octavo.load(tmp_path / "packed")), logits(octavo.load(tmp_path / "plain")))
 
 
+@needs("transformers", "5.17", "cannot de-quantize FP8 on a CPU")
 def test_fp8_as_transformers_de_quantizes_it(tmp_path):
     """The same weights through transformers' own FP8 loader."""
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config

@@ -9,6 +9,7 @@ from octavo.training import loss as chunked
 
 from .conftest import relative_error
 from .models import ARCHITECTURES, gptj, move_adapters, quantized
+from .versions import needs
 
 peft = pytest.importorskip("peft")
 
@@ -103,7 +104,12 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("kind", CHANGED)
+def kinds():
+    crashes = needs("torch", "2.11", "ends the process in Falcon-H1's convolution, 5.16 of transformers")
+    return [pytest.param(kind, marks=[crashes] * (kind == "falcon_h1")) for kind in CHANGED]
+
+
+@pytest.mark.parametrize("kind", kinds())
 def test_logits_changed_after_the_head(kind):
     """Scaled or capped: the loss and its gradient are those of the model's own logits, and no whole logits are made."""
     from transformers import AutoConfig, AutoModelForCausalLM
