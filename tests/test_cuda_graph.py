@@ -67,17 +67,16 @@ def model_of(family):
     return octavo.quantize_model(build(OTHERS.get(family) or CONFIGS[family]())).eval()
 
 
-@pytest.fixture
-def generate(monkeypatch):
+def generate(model, ids, **options):
     """`generate` by graphs, as on a GPU. → (tokens, the graphs)"""
-
-    def by_graphs(model, ids, **options):
-        monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
-        with torch.inference_mode(), decoding_by_graph(model, record) as graphs:
-            found = model.generate(ids, **graphs.options, **OPTIONS, **options)
-        return found, graphs
-
-    return by_graphs
+    with (
+        torch.inference_mode(),
+        # On a CPU transformers does not compile, and does not ask for what would be.
+        mock.patch.object(model, "_valid_auto_compile_criteria", lambda *args: True),
+        decoding_by_graph(model, record) as graphs,
+    ):
+        found = model.generate(ids, **graphs.options, **OPTIONS, **options)
+    return found, graphs
 
 
 OPTIONS = {"max_new_tokens": 14, "min_new_tokens": 14, "pad_token_id": 0}
@@ -99,7 +98,7 @@ FAMILIES = ["llama", "llama-tied", "gpt2", "gptj", *OTHERS]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_tokens(family, generate):
+def test_the_same_tokens(family):
     model = model_of(family)
     right = model.generate(IDS, do_sample=False, **OPTIONS)
     found, graphs = generate(model, IDS, do_sample=False)
@@ -109,7 +108,7 @@ def test_the_same_tokens(family, generate):
     assert "get_compiled_call" not in vars(model)
 
 
-def test_sampling_takes_the_same_numbers(generate):
+def test_sampling_takes_the_same_numbers():
     model = model_of("llama")
     options = {"do_sample": True, "temperature": 1.3}
     torch.manual_seed(3)
@@ -118,7 +117,7 @@ def test_sampling_takes_the_same_numbers(generate):
     assert torch.equal(generate(model, IDS, **options)[0], right)
 
 
-def test_several_texts_of_different_lengths(generate):
+def test_several_texts_of_different_lengths():
     model = model_of("llama")
     ids = torch.tensor([[0, 0, 5, 9, 2], [3, 8, 2, 7, 11]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -127,7 +126,7 @@ def test_several_texts_of_different_lengths(generate):
     assert torch.equal(found, right) and graphs.replayed == 11
 
 
-def test_what_is_kept_of_a_step_is_not_written_over(generate):
+def test_what_is_kept_of_a_step_is_not_written_over():
     model = model_of("llama")
     options = {
         "do_sample": False,
@@ -144,14 +143,14 @@ def test_what_is_kept_of_a_step_is_not_written_over(generate):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_cache_that_is_put_elsewhere_is_recorded_anew(generate):
+def test_a_cache_that_is_put_elsewhere_is_recorded_anew():
     """Beam search puts new tensors into the cache at each step."""
     model = model_of("llama")
     right = model.generate(IDS, num_beams=3, do_sample=False, **OPTIONS)
     assert torch.equal(generate(model, IDS, num_beams=3, do_sample=False)[0], right)
 
 
-def test_one_model_again_and_again(generate):
+def test_one_model_again_and_again():
     model = model_of("llama")
     for length in (9, 3, 14):
         ids = torch.arange(1, length + 1)[None]
@@ -159,7 +158,7 @@ def test_one_model_again_and_again(generate):
         assert torch.equal(generate(model, ids, do_sample=False)[0], right)
 
 
-def test_a_model_that_reads_numbers_back_goes_on_eagerly(generate, monkeypatch):
+def test_a_model_that_reads_numbers_back_goes_on_eagerly(monkeypatch):
     model = model_of("llama")
     right = model.generate(IDS, do_sample=False, **OPTIONS)
     norm = model.model.norm.forward
@@ -169,7 +168,7 @@ def test_a_model_that_reads_numbers_back_goes_on_eagerly(generate, monkeypatch):
     assert graphs.eager.startswith("CUDA error: operation not permitted") and "\n" not in graphs.eager
 
 
-def test_a_position_that_python_keeps_is_noticed(generate, monkeypatch):
+def test_a_position_that_python_keeps_is_noticed(monkeypatch):
     """A graph repeats the number that it was recorded with."""
     model = model_of("gpt2")
     embed, prepare, known = model.transformer.wpe.forward, model.prepare_inputs_for_generation, []
