@@ -108,7 +108,7 @@ check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/mypy
 
 docs: $(INSTALLED)  ## the documentation as a site, build/site; a broken link is an error
-	$(PIP) install -q -e '.[docs]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[docs]'
 	$(BIN)/python scripts/site.py
 
 # Linux: for the glibc of this machine; for older ones and other systems `cibuildwheel` (pyproject.toml). What is tried finds no compiler.

@@ -193,7 +193,13 @@ def untold(errors: str) -> str:
 
 
 def campaign(
-    what: str, count: int, seed: int, only: str | None = None, seconds: float | None = None, say=print
+    what: str,
+    count: int,
+    seed: int,
+    only: str | None = None,
+    seconds: float | None = None,
+    sizes: int | None = None,
+    say=print,
 ) -> tuple[dict, list[str]]:
     """Returns (command → cases), faults."""
     table: Counter = Counter()
@@ -209,10 +215,9 @@ def campaign(
             words = command.arguments(room / "out", inputs)
             most = peak_of(words) if what in ("memory", "cgroup") else clean.bytes
             clear(room)
-            # Of sizes there are so many, evenly spaced, and the seed is the number of the first.
-            left = count if what == "kill" else max(0, count - seed + 1)
-            for number in runner.numbers(seed, left, seconds):
-                share = most * (number - 1) // count
+            # Sizes are evenly spaced, and the seed is the number of the first.
+            for number in runner.numbers(seed, count, seconds):
+                share = most * (number - 1) // (sizes or count)
                 if what == "kill":
                     rng = random.Random(f"{command.name} {number}")
                     found = kill(command, clean, inputs, room, rng)
@@ -222,7 +227,8 @@ def campaign(
                     found = (memory if what == "memory" else cgroup)(command, clean, inputs, room, share)
                 table[command.name] += 1
                 for fault in found:
-                    faults.append(f"{command.name} (case {number}): {fault}")
+                    again = "" if what == "kill" else f" --sizes {sizes or count}"
+                    faults.append(f"{command.name} (--seed {number} --count 1{again}): {fault}")
                     say(faults[-1])
             clear(room)
             say(
@@ -236,8 +242,13 @@ def main() -> int:
     parser = runner.parser(__doc__, 3, "cases of each command")
     parser.add_argument("what", choices=["kill", "full", "memory", "cgroup"])
     parser.add_argument("--only", choices=[command.name for command in COMMANDS], help="one command")
+    parser.add_argument(
+        "--sizes", type=int, help="of a disk or of memory, of which --count are tried; default: --count"
+    )
     options = parser.parse_args()
-    found = campaign(options.what, options.count, options.seed, options.only, options.seconds, runner.say)
+    found = campaign(
+        options.what, options.count, options.seed, options.only, options.seconds, options.sizes, runner.say
+    )
     return runner.finish(options, *found)
 
 
