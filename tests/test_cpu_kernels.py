@@ -199,8 +199,9 @@ def test_many_tokens(isa, rows, columns, block_size, tokens, dtype, with_bias):
         return
     dense = reference.dequantize(qdata, absmax, code, block_size, dtype)
     torch_error = (torch.nn.functional.linear(x, dense, bias).double() - truth).norm()
-    # A few outputs may fall to the other side of a rounding.
-    assert (found.double() - truth).norm() <= torch_error * (1.01 if found.numel() > 4096 else 1.3) + 1e-9
+    # A few outputs may fall to the other side of a rounding: where there are few, one of them is seen.
+    one = 0.25 * torch.finfo(dtype).eps * truth.abs().max()
+    assert (found.double() - truth).norm() <= torch_error * (1.01 if found.numel() > 4096 else 1.3) + one
 
 
 @settings(FIXED, max_examples=25)
