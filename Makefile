@@ -63,7 +63,7 @@ $(DATA)/.fetched: $(INSTALLED)
 test-all: $(INSTALLED) $(DATA)/.fetched  ## every test: also the slow ones, on real weights it fetches, with other tools, and sanitizers
 	$(PIP) install -q -c constraints.txt lm-eval sentence-transformers 'transformers[serving]' openai \
 		langchain-huggingface langchain-openai 'smolagents[transformers,openai]' playwright
-	OCTAVO_TEST_MINILM=$(abspath $(MINILM)) OCTAVO_TEST_GGUF=$(abspath $(GGUF)) OCTAVO_REQUIRE_LM_EVAL=1 OCTAVO_REQUIRE_TOOLS=1 \
+	OCTAVO_TEST_MINILM=$(abspath $(MINILM)) OCTAVO_TEST_GGUF=$(abspath $(GGUF)) OCTAVO_REQUIRE_LM_EVAL=1 OCTAVO_REQUIRE_TOOLS=1 OCTAVO_TEST_RANDOM=1 \
 		$(BIN)/python $(PYTEST) -m 'not gpu'
 
 # The browser comes from the system (`apt install chromium`) or is named by OCTAVO_CHROMIUM.
