@@ -153,9 +153,10 @@ def case(seed: int, folder: Path) -> tuple[str, list[str]]:
     with torch.no_grad():
         logits = model(ids).logits
         compare("logits", logits, same_type(ids).logits, exact(ids).logits)
-    # A rounding in 16 bits may switch a ReLU.
+    # A rounding in 16 bits may switch a ReLU: of few tokens a tenth of the gradient (OPT, seed 1866: one of 600 units, whose
+    # input is -2.3e-4, known to 1e-3).
     gradients = [_gradient(each, ids) for each in (model, same_type, exact)]
-    compare("gradients", *gradients, 1 if dtype == torch.float32 else 5)
+    compare("gradients", *gradients, 1 if dtype == torch.float32 else 50 if name == "opt" else 5)
     if tokens > 1:
         with torch.no_grad():
             past, parts, first = None, [], min(tokens, ONE_BY_ONE)
