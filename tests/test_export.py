@@ -10,7 +10,7 @@ from octavo.checkpoint import convert, open_source
 from octavo.export import export_gguf, gguf_file
 from octavo.export.pretokenizers import RULES, find_pre_tokenizer, pre_tokenizer
 
-from .models import config
+from .models import config, dense
 from .models.exported import quantized, random_model
 from .models.tokenizers import VOCABULARY, byte_level_tokenizer, sentencepiece_tokenizer
 from .test_cli import octavo as run_octavo
@@ -56,14 +56,6 @@ def saved(tmp_path_factory, tokenizer):
         folder = tmp_path_factory.mktemp(name)
         found[name] = quantized(make(), folder, tokenizer), folder
     return found
-
-
-def dense(model):
-    """Every parameter as a plain float32 tensor."""
-    return {
-        name: (p.dequantize() if isinstance(p, octavo.OctavoTensor) else p).detach().float()
-        for name, p in model.named_parameters()
-    }
 
 
 def fields(path):

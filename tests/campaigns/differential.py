@@ -37,7 +37,7 @@ from octavo.merging.merge import merge
 from octavo.model import dequantize_model
 from octavo.ops import cpu
 
-from ..models import move_adapters
+from ..models import dense, move_adapters
 from ..models.checkpoints import build
 from ..models.tokenizers import byte_level_tokenizer
 from . import runner
@@ -182,14 +182,14 @@ def case(seed: int, folder: Path) -> tuple[str, list[str]]:
     if octavo.fallbacks():
         faults.append(f"de-quantized whole weights: {octavo.fallbacks()}")
     to = rng.choice(list(MERGED))
-    faults += [f"merged to {to}: {fault}" for fault in merged(folder, config, reference, to, rng)]
+    faults += [f"merged to {to}: {fault}" for fault in merged(folder, reference, to, rng)]
     # Nor does it read biases of attention where the architecture's own models have none.
     if config.model_type in EXPORTED and not getattr(config, "attention_bias", False):
         faults += [f"exported: {fault}" for fault in exported(folder, reference)]
     return what, faults
 
 
-def merged(folder: Path, config, reference, to: str, rng: random.Random) -> list[str]:
+def merged(folder: Path, reference, to: str, rng: random.Random) -> list[str]:
     """The faults of an adapter merged into `folder`/eight, whose weights `reference` holds in float32."""
     from peft import LoraConfig, get_peft_model
 
@@ -201,7 +201,7 @@ def merged(folder: Path, config, reference, to: str, rng: random.Random) -> list
             for name, module in reference.named_modules()
             if hasattr(module, "weight")
             and module.weight.dim() == 2
-            and not (config.tie_word_embeddings and module in ends)
+            and not (reference.config.tie_word_embeddings and module in ends)
         }
     )
     options = LoraConfig(
@@ -218,9 +218,9 @@ def merged(folder: Path, config, reference, to: str, rng: random.Random) -> list
     merge(folder / "eight", folder / "adapter", folder / "merged", to)
     right = dict(model.merge_and_unload().named_parameters())
     plain, faults = dict(reference.named_parameters()), []
-    before = _weights(octavo.load(folder / "eight", dtype="float32", device="cpu"))
+    before = dense(octavo.load(folder / "eight", dtype="float32", device="cpu"))
     load = octavo.load if to == "8bit" else AutoModelForCausalLM.from_pretrained
-    after = _weights(load(folder / "merged", dtype=torch.float32))
+    after = dense(load(folder / "merged", dtype=torch.float32))
     for name, value in right.items():
         if to == "8bit" and torch.equal(value, plain[name]):
             if not torch.equal(after[name], before[name]):
@@ -230,14 +230,6 @@ def merged(folder: Path, config, reference, to: str, rng: random.Random) -> list
         if not error <= MERGED[to]:
             faults.append(f"{name}: squared error {error:.1e}")
     return faults
-
-
-def _weights(model) -> dict[str, torch.Tensor]:
-    """Name → the parameter, plain, in float32."""
-    return {
-        name: (p.dequantize() if hasattr(p, "qdata") else p).detach().float()
-        for name, p in model.named_parameters()
-    }
 
 
 def exported(folder: Path, reference) -> list[str]:

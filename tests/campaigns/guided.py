@@ -116,11 +116,7 @@ def follow(modules: Sequence[ModuleType]) -> None:
     for module in modules:
         for owner in (module, *(each for each in vars(module).values() if inspect.isclass(each))):
             for each in list(vars(owner).values()):
-                function = (
-                    inspect.unwrap(getattr(each, "__func__", each))
-                    if callable(each) or hasattr(each, "__func__")
-                    else None
-                )
+                function = inspect.unwrap(getattr(each, "__func__", each))
                 if inspect.isfunction(function) and function.__module__ == module.__name__:
                     atheris.instrument_func(function)
 

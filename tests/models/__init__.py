@@ -93,6 +93,14 @@ def plain_twin(model: torch.nn.Module) -> torch.nn.Module:
     return twin.requires_grad_(False)
 
 
+def dense(model):
+    """Every parameter as a plain float32 tensor."""
+    return {
+        name: (p.dequantize() if isinstance(p, octavo.OctavoTensor) else p).detach().float()
+        for name, p in model.named_parameters()
+    }
+
+
 def move_adapters(model: torch.nn.Module, seed: int = 3, scale: float = 0.02) -> None:
     """Random values for all trainable parameters: a fresh LoRA adds nothing, and tests nothing."""
     generator = torch.Generator().manual_seed(seed)

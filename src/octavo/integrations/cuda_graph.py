@@ -191,11 +191,9 @@ def decoding_by_graph(
     """
     graphs = Graphs(model.__call__, record)
     on_gpu = model.device.type == "cuda"
-    if not wanted or (record is record_cuda and not on_gpu):
-        yield graphs
-        return
-    graphs.eager = why_not(model)
-    if graphs.eager:
+    possible = wanted and (on_gpu or record is not record_cuda)
+    graphs.eager = why_not(model) if possible else ""
+    if not possible or graphs.eager:
         yield graphs
         return
     graphs.options = {"cache_implementation": "static"}

@@ -137,9 +137,9 @@ class Journal:
 
 def _is_line(line: Any, first: bool) -> bool:
     """Whether this is what a line of a journal is: anything else, and all after it, counts as not written."""
-    if not isinstance(line, dict) or first:
-        return isinstance(line, dict)
-    return all(isinstance(line.get(key), int) for key in ("unit", "shard") if key in line or key == "shard")
+    if not isinstance(line, dict):
+        return False
+    return first or (isinstance(line.get("shard"), int) and isinstance(line.get("unit", 0), int))
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
