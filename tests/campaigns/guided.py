@@ -121,8 +121,10 @@ def follow(modules: Sequence[ModuleType]) -> None:
                     atheris.instrument_func(function)
 
 
-def fuzz(reader: Reader, folder: Path, count: int, seed: int, report: Path) -> None:
-    """Read so many files of one kind; each new kind of fault goes into the report, one line of JSON each. Ends the process."""
+def fuzz(
+    reader: Reader, folder: Path, count: int, seed: int, report: Path, seconds: float | None = None
+) -> None:
+    """Read so many files of one kind, or for so long; each new kind of fault goes into the report, one line of JSON each. Ends the process."""
     corpus, room = folder / "corpus", folder / "room"
     corpus.mkdir()
     room.mkdir()
@@ -161,6 +163,8 @@ def fuzz(reader: Reader, folder: Path, count: int, seed: int, report: Path) -> N
         f"-runs={count}",
         f"-seed={seed}",
         f"-max_len={4 * len(whole)}",
+        # 0: as long as it takes.
+        f"-max_total_time={round(seconds or 0)}",
         "-timeout=10",
         "-rss_limit_mb=2048",
         "-print_final_stats=1",
@@ -181,7 +185,7 @@ def _file_of(folder: Path, name: str) -> bytes:
 
 
 def campaign(
-    count: int, seed: int, only: str | None = None, say=print
+    count: int, seed: int, only: str | None = None, seconds: float | None = None, say=print
 ) -> tuple[dict[str, dict[str, int]], list[dict]]:
     """Returns (kind of file → files read, ways through the code that were found), the faults."""
     table, faults = {}, []
@@ -195,7 +199,7 @@ def campaign(
             if not child:
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
                 os.dup2(2, 1)
-                fuzz(reader, Path(folder), count, seed, report)
+                fuzz(reader, Path(folder), count, seed, report, seconds)
                 os._exit(0)
             _, status = os.waitpid(child, 0)
             found = [json.loads(line) for line in report.read_text().splitlines()]
@@ -221,7 +225,9 @@ def main() -> int:
     parser = runner.parser(__doc__, 2000, "files of each kind")
     parser.add_argument("--only", help="one kind: part of its name")
     options = parser.parse_args()
-    return runner.finish(options, *campaign(options.count, options.seed, options.only, runner.say))
+    return runner.finish(
+        options, *campaign(options.count, options.seed, options.only, options.seconds, runner.say)
+    )
 
 
 if __name__ == "__main__":
