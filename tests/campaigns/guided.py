@@ -124,7 +124,7 @@ def follow(modules: Sequence[ModuleType]) -> None:
 def fuzz(
     reader: Reader, folder: Path, count: int, seed: int, report: Path, seconds: float | None = None
 ) -> None:
-    """Read so many files of one kind, or for so long; each new kind of fault goes into the report, a line of JSON. Ends the process."""
+    """Read files of one kind, so many or for so long; each new fault goes into the report, a line of JSON. Ends the process."""
     corpus, room = folder / "corpus", folder / "room"
     corpus.mkdir()
     room.mkdir()
